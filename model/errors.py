@@ -1,0 +1,23 @@
+"""What can go wrong with a model, each said as: what was found, what was wanted, what to do.
+
+ModelError
+├── CheckpointError    files that are missing, broken or do not match the configuration
+├── UnsupportedModel   a sound checkpoint of a kind that this library does not run
+└── InvalidTokens      token ids that the model cannot take
+"""
+
+
+class ModelError(Exception):
+    """Root of everything that this library raises on purpose."""
+
+
+class CheckpointError(ModelError):
+    """A checkpoint whose files are missing, broken or contradict its configuration."""
+
+
+class UnsupportedModel(ModelError):
+    """A checkpoint of a kind that this library does not run."""
+
+
+class InvalidTokens(ModelError):
+    """Token ids outside the vocabulary, or a text of no tokens or too many."""

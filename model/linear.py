@@ -1,0 +1,125 @@
+"""Linear layers for the machine at hand, swapped in after loading, so that the encoder never hears of them."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model import compiled
+from model.bert import ACTIVATIONS, Bert, FeedForward, Layer
+from model.config import BertConfig
+
+_PACKED_FOR_ROWS = 1024  # the batch that oneDNN lays the weights out for; others run on the same layout
+
+# Activations that a product applies while it is still in registers: oneDNN's name and algorithm, the number in int8.c.
+_NONE = ("none", "", 0)
+_FUSED = {
+    ACTIVATIONS["gelu"]: ("gelu", "none", 1),
+    ACTIVATIONS["gelu_new"]: ("gelu", "tanh", None),
+    ACTIVATIONS["relu"]: ("relu", "", 2),
+}
+
+
+class PackedLinear(nn.Module):
+    """x Wᵀ + b by oneDNN, with W laid out beforehand in its blocked order and an activation fused: [T, in] -> [T, out]."""
+
+    def __init__(self, linear: nn.Module, name: str = "none", algorithm: str = "") -> None:
+        super().__init__()
+        assert isinstance(linear, nn.Linear)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _PACKED_FOR_ROWS)
+        self.bias = linear.bias
+        self.name, self.algorithm = name, algorithm
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, self.name, [], self.algorithm)
+        return y
+
+
+class Int8Linear(nn.Module):
+    """x Wᵀ + b by int8.c: W in int8 with a scale per output, x quantised anew with a scale and a zero point per row.
+
+    A row's result is bit-equal in any batch: no other row has a part in its scale.
+    """
+
+    def __init__(self, linear: nn.Module, activation: int = 0) -> None:
+        super().__init__()
+        assert isinstance(linear, nn.Linear)
+        library = compiled.library()
+        assert library is not None
+        self.library, self.activation = library, activation
+        self.sizes = linear.out_features, linear.in_features
+        self.packed = torch.empty(library.int8_packed_size(*self.sizes), dtype=torch.int8)
+        self.scales = torch.empty(linear.out_features)
+        self.sums = torch.empty(linear.out_features, dtype=torch.int32)
+        self.bias = linear.bias.detach().float()  # no Parameter: it stays in float32 whatever the module moves to
+        weight = linear.weight.float().contiguous()
+        outputs = (self.packed.data_ptr(), self.scales.data_ptr(), self.sums.data_ptr())
+        compiled.check(library.pack_int8(weight.data_ptr(), *outputs, *self.sizes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        columns, inner = self.sizes
+        y = torch.empty(len(x), columns, dtype=x.dtype)
+        workspace = torch.empty(self.library.int8_workspace_size(len(x), inner), dtype=torch.uint8)
+        linear = getattr(self.library, f"linear_int8_{compiled.SUFFIX[x.dtype]}")
+        weights = (self.packed.data_ptr(), self.scales.data_ptr(), self.sums.data_ptr(), self.bias.data_ptr())
+        sizes = (len(x), inner, columns)
+        compiled.check(linear(x.data_ptr(), *weights, y.data_ptr(), *sizes, self.activation, workspace.data_ptr()))
+        return y
+
+
+def int8_runs(config: BertConfig, dtype: torch.dtype) -> bool:
+    """Whether int8.c was built, this processor has its instructions for activations of `dtype`, and the sizes fit."""
+    if not compiled.runs(config, dtype) or config.intermediate_size % 16:
+        return False
+    library = compiled.library()
+    return library is not None and bool(library.int8_supported() & compiled.SUPPORT[dtype])
+
+
+def packing_works(dtype: torch.dtype) -> bool:
+    """Whether oneDNN's private operators are there and right: they are no part of torch's public interface."""
+    linear = nn.Linear(32, 48, dtype=dtype)
+    x = torch.randn(5, 32, dtype=dtype)
+    try:
+        with torch.inference_mode():
+            packed = PackedLinear(linear, "gelu", "none")(x)
+            return torch.allclose(packed, F.gelu(linear(x)), atol=1e-5 if dtype == torch.float32 else 0.05)
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return False
+
+
+def replace_linears(bert: Bert) -> None:
+    """Swap every linear layer of the encoder's layers for a packed one; an activation moves into the first of two."""
+    for layer in bert.layers:
+        name, algorithm, _ = _take_activation(layer.feed_forward, _FUSED)
+        _swap(layer, PackedLinear, PackedLinear(layer.feed_forward.up, name, algorithm))
+
+
+def quantize_linears(bert: Bert) -> None:
+    """Swap every linear layer of the encoder's layers for one in int8; an activation that int8.c knows moves into it."""
+    known = {function: fused for function, fused in _FUSED.items() if fused[2] is not None}
+    for layer in bert.layers:
+        _, _, number = _take_activation(layer.feed_forward, known)
+        _swap(layer, Int8Linear, Int8Linear(layer.feed_forward.up, number or 0))
+
+
+Fused = tuple[str, str, int | None]
+
+
+def _take_activation(feed_forward: FeedForward, known: Mapping[Callable[[Tensor], Tensor], Fused]) -> Fused:
+    """What to fuse into the first linear layer; the activation itself then does nothing."""
+    fused = known.get(feed_forward.activation)
+    if fused:
+        feed_forward.activation = _identity
+    return fused or _NONE
+
+
+def _swap(layer: Layer, kind: Callable[[nn.Module], nn.Module], up: nn.Module) -> None:
+    layer.attention.qkv = kind(layer.attention.qkv)
+    layer.attention.output = kind(layer.attention.output)
+    layer.feed_forward.up = up
+    layer.feed_forward.down = kind(layer.feed_forward.down)
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x

@@ -1,0 +1,121 @@
+"""Every choice that depends on the machine, made once, at start."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from model.config import PoolingMode
+from model.cpu import CpuRunner
+from model.cuda import CudaRunner
+from model.encoder import Encoder
+from model.errors import UnsupportedModel
+from model.tokens import Tokens
+from model.vectors import FloatArray
+
+DTYPES: Mapping[str, Mapping[str, torch.dtype]] = {
+    "cpu": {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8},
+    "cuda": {"auto": torch.bfloat16, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16},
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was decided for this machine, to be told to the user."""
+
+    device: str
+    devices: int  # of this kind that are there; a runner is on one
+    dtype: str
+    kernel: str
+    threads: int
+    max_batch_tokens: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Runner(Protocol):
+    """An encoder on a device. Rows come in any order and mix; answers come in theirs."""
+
+    encoder: Encoder
+    kernel: str
+
+    def __call__(self, rows: Sequence[Tokens], pooling: PoolingMode) -> FloatArray:
+        """One vector per row: [N, out] float32."""
+
+    def hidden(self, rows: Sequence[Tokens]) -> list[FloatArray]:
+        """One token matrix per row: N times [L, H] float32."""
+
+    def on_last_layer(self, callback: Callable[[], None]) -> None:
+        """Call back whenever a batch comes to its last layer: time to form the next one."""
+
+    def warm_up(self, tokens: int) -> float:
+        """Run once in small, for what is made at first use, then a batch of about `tokens`; tokens per second."""
+
+
+def make_runner(
+    folder: Path, device: str = "auto", dtype: str = "auto", threads: int = 0, max_batch_tokens: int = 0
+) -> tuple[Runner, Choice]:
+    """Load a checkpoint for this machine; 0 and "auto" leave the choice to what is found here.
+
+    Raises ModelError where the checkpoint, the device or the dtype cannot be served.
+    """
+    place = _find_device(device)
+    kind = _find_dtype(place, dtype)
+    encoder = Encoder.from_folder(folder)
+    threads = threads or available_cores()
+    torch.set_num_threads(threads)
+    runner: Runner
+    if place.type == "cuda":
+        runner = cuda = CudaRunner(encoder, place, kind)
+        max_batch_tokens = cuda.largest_batch(max_batch_tokens or CudaRunner.BATCH_TOKENS)
+    else:
+        runner = CpuRunner(encoder, kind)
+        max_batch_tokens = max_batch_tokens or CpuRunner.BATCH_TOKENS
+    devices = torch.cuda.device_count() if place.type == "cuda" else 1
+    return runner, Choice(str(place), devices, str(kind).removeprefix("torch."), runner.kernel, threads, max_batch_tokens)
+
+
+def _find_device(name: str) -> torch.device:
+    """The device of that name, or for "auto" a GPU where torch sees one."""
+    count = torch.cuda.device_count()
+    try:
+        device = torch.device(name if name != "auto" else "cuda" if count else "cpu")
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in DTYPES:
+        raise UnsupportedModel(f"device {name!r} is not supported; supported are auto, {', '.join(DTYPES)}")
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise UnsupportedModel(f"device {name} is not there: torch sees {count} GPUs; set BERTD_DEVICE to auto or cpu")
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
+def _find_dtype(device: torch.device, name: str) -> torch.dtype:
+    known = DTYPES[device.type]
+    if name not in known:
+        raise UnsupportedModel(f"dtype {name} is not supported on {device.type}; supported are {', '.join(known)}")
+    if device.type == "cuda" and name == "auto" and not torch.cuda.is_bf16_supported():
+        return torch.float16
+    return known[name]
+
+
+def available_cores() -> int:
+    """The cores that this process may use: its affinity, within the container's quota (cgroup v2, else v1)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _cgroup_cores(Path("/sys/fs/cgroup"))
+    return max(1, min(cores, int(quota))) if quota else cores
+
+
+def _cgroup_cores(root: Path) -> float | None:
+    try:
+        quota, period = (root / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        try:
+            quota = (root / "cpu/cpu.cfs_quota_us").read_text()
+            period = (root / "cpu/cpu.cfs_period_us").read_text()
+        except OSError:
+            return None
+    return float(quota) / float(period) if quota.strip() not in ("max", "-1") else None

@@ -1,0 +1,204 @@
+"""Texts or pairs of texts -> Tokens. Never pads; says how much it cut."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from tokenizers import Encoding, normalizers
+from tokenizers import Tokenizer as Backend
+
+from model.config import Json, ModelConfig, read_json, transformer_folder
+from model.errors import CheckpointError, InvalidTokens, UnsupportedModel
+from model.tokens import Tokens
+
+Text = str | tuple[str, str]
+Side = Literal["left", "right"]
+
+
+class Tokenizer:
+    """The tokenizer of a checkpoint, the same ids as transformers' fast one."""
+
+    def __init__(self, backend: Backend, max_tokens: int, vocab_size: int) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        self.max_tokens = max_tokens
+        self.vocab_size = vocab_size
+        self._backend = backend
+        empty = backend.encode("").ids  # a lone text's frame of special tokens, [CLS] [SEP]
+        self._special = {token for token, added in backend.get_added_tokens_decoder().items() if added.special}
+        self._before, self._after = empty[: (len(empty) + 1) // 2], empty[(len(empty) + 1) // 2 :]
+
+    @classmethod
+    def from_folder(cls, folder: Path, config: ModelConfig) -> "Tokenizer":
+        """Load tokenizer.json, or vocab.txt converted through transformers.
+
+        Raises CheckpointError where neither can be read or the ids are not the model's, UnsupportedModel for a
+        vocab.txt that is no BERT's.
+        """
+        backend = _read_backend(transformer_folder(folder))
+        if config.lower_case:
+            first = [backend.normalizer] if backend.normalizer else []
+            backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *first])
+        last, rows = max(backend.get_vocab().values(), default=0), config.bert.vocab_size
+        if last >= rows:
+            raise CheckpointError(
+                f"{folder}: the tokenizer gives ids up to {last}, wanted below {rows}, config.json's vocab_size"
+            )
+        return cls(backend, config.max_tokens, rows)
+
+    def encode(
+        self, texts: Sequence[Text], max_tokens: int | None = None, cut_side: Side = "right", with_offsets: bool = False
+    ) -> list[Tokens]:
+        """Tokens of each text with its special tokens, cut to `max_tokens` on one side.
+
+        Of a pair the longer text is cut first. `Tokens.cut` says how many tokens were left out.
+        """
+        limit = self.max_tokens if max_tokens is None else max_tokens
+        encodings = self._encode_all(texts, with_offsets)
+        answers = []
+        for text, encoding in zip(texts, encodings, strict=True):
+            kept = encoding if len(encoding) <= limit else self._cut(text, limit, cut_side)
+            answers.append(_tokens(kept, len(encoding) - len(kept), isinstance(text, tuple), with_offsets))
+        return answers
+
+    def encode_ids(self, ids: Sequence[int], max_tokens: int | None = None, cut_side: Side = "right") -> Tokens:
+        """Tokens of a text that the client tokenized: framed with special tokens unless it already is.
+
+        Raises InvalidTokens for an id outside the vocabulary.
+        """
+        bad = next((token for token in ids if not 0 <= token < self.vocab_size), None)
+        if bad is not None:
+            raise InvalidTokens(f"token id {bad} is outside the vocabulary; wanted 0 to {self.vocab_size - 1}")
+        body, before, after = list(ids), self._before, self._after
+        if len(body) >= len(before) + len(after) and body[: len(before)] == before and body[-len(after) :] == after:
+            body = body[len(before) : len(body) - len(after)]
+        room = max(0, (self.max_tokens if max_tokens is None else max_tokens) - len(before) - len(after))
+        cut = max(0, len(body) - room)
+        kept = body[:room] if cut_side == "right" else body[len(body) - min(room, len(body)) :]
+        tokens = Tokens.of([*before, *kept, *after])
+        return Tokens(tokens.ids, tokens.types, cut)
+
+    def _encode_all(self, texts: Sequence[Text], with_offsets: bool) -> list[Encoding]:
+        if len(texts) == 1:  # the library's batches wake its threads, which costs more than a lone text
+            (text,) = texts
+            return [self._backend.encode(text) if isinstance(text, str) else self._backend.encode(*text)]
+        return self._backend.encode_batch(texts) if with_offsets else self._backend.encode_batch_fast(texts)
+
+    def describe(self, text: str, special_tokens: bool = True) -> Encoding:
+        """Ids, offsets and special-token mask of a text of any length, nothing cut."""
+        return self._backend.encode(text, add_special_tokens=special_tokens)
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        bad = next((token for token in ids if not 0 <= token < self.vocab_size), None)
+        if bad is not None:
+            raise InvalidTokens(f"token id {bad} is outside the vocabulary; wanted 0 to {self.vocab_size - 1}")
+        return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def token_text(self, token: int) -> str:
+        """The vocabulary's entry of an id; empty for a row of the embedding that no entry stands for."""
+        return self._backend.id_to_token(token) or ""
+
+    def is_special(self, token: int) -> bool:
+        return token in self._special
+
+    def _cut(self, text: Text, limit: int, side: Side) -> Encoding:
+        pair = isinstance(text, tuple)
+        parts = [self._backend.encode(part, add_special_tokens=False) for part in (text if pair else (text,))]
+        room = max(0, limit - self._backend.num_special_tokens_to_add(pair))
+        for part, length in zip(parts, _share([len(part) for part in parts], room), strict=True):
+            part.truncate(length, direction=side)
+        return self._backend.post_process(parts[0], parts[1] if pair else None)
+
+
+def _share(lengths: list[int], room: int) -> list[int]:
+    """Lengths cut to `room` in all, the longer first, of two equals the first (transformers' "longest_first")."""
+    if len(lengths) == 1:
+        return [min(lengths[0], room)]
+    shorter = min(min(lengths), room // 2)
+    longer = min(max(lengths), room - shorter)
+    return [shorter, longer] if lengths[0] <= lengths[1] else [longer, shorter]
+
+
+def _tokens(encoding: Encoding, cut: int, pair: bool, with_offsets: bool) -> Tokens:
+    ids = np.array(encoding.ids, dtype=np.int32)
+    types = np.array(encoding.type_ids, dtype=np.int32) if pair else np.zeros(len(ids), dtype=np.int32)
+    offsets = np.array(encoding.offsets, dtype=np.int32).reshape(-1, 2) if with_offsets else None
+    return Tokens(ids, types, cut, offsets)
+
+
+# Classes of transformers that read vocab.txt as WordPiece, all in the same way.
+_WORD_PIECE = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer")
+
+
+def _read_backend(folder: Path) -> Backend:
+    fast, vocab = folder / "tokenizer.json", folder / "vocab.txt"
+    settings = read_json(folder / "tokenizer_config.json")
+    kind = settings.get("tokenizer_class") or read_json(folder / "config.json").get("tokenizer_class") or "BertTokenizer"
+    word_piece = str(kind).removesuffix("Fast") in _WORD_PIECE
+    if not word_piece and not fast.is_file():
+        raise UnsupportedModel(f"{folder}: tokenizer_class {kind} is not supported without a tokenizer.json; add that file")
+    try:
+        if fast.is_file():
+            backend = Backend.from_file(str(fast))
+            return _as_stated(backend, settings) if word_piece else backend
+        if vocab.is_file():
+            return Backend.from_str(_converted(folder))
+    except Exception as error:  # the library raises bare Exception
+        raise CheckpointError(f"the tokenizer in {folder} can't be read ({error}); restore its files") from None
+    raise CheckpointError(f"{folder} holds no tokenizer; wanted tokenizer.json or vocab.txt")
+
+
+def _as_stated(backend: Backend, settings: Json) -> Backend:
+    """What tokenizer_config.json says, or leaves at its default, outweighs tokenizer.json: transformers reads a BERT so."""
+    if isinstance(backend.normalizer, normalizers.BertNormalizer):
+        backend.normalizer = normalizers.BertNormalizer(
+            handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
+            strip_accents=settings.get("strip_accents"),
+            lowercase=settings.get("do_lower_case", True),
+        )
+    return backend
+
+
+# What the conversion reads.
+_DESCRIPTION = ("vocab.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_CONVERT = (
+    "import sys; from transformers import BertTokenizerFast; "
+    "print(BertTokenizerFast.from_pretrained(sys.argv[1], local_files_only=True).backend_tokenizer.to_str())"
+)
+
+
+def _converted(folder: Path) -> str:
+    """vocab.txt as a tokenizer.json, converted once through transformers and kept in the user's cache.
+
+    transformers imports torch, so it runs in a process of its own: this one stays small.
+    """
+    described = b"\0".join((folder / name).read_bytes() for name in _DESCRIPTION if (folder / name).is_file())
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    kept = home / "bertd" / f"{hashlib.sha256(described).hexdigest()}.tokenizer.json"
+    if kept.is_file():
+        return kept.read_text(encoding="utf-8")
+    command = [sys.executable, "-X", "utf8", "-c", _CONVERT, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
+    if done.returncode:
+        raise CheckpointError(done.stderr.strip().rsplit("\n", 1)[-1])
+    converted = json.dumps(json.loads(done.stdout.strip().rsplit("\n", 1)[-1]), ensure_ascii=False)
+    _keep(kept, converted)
+    return converted
+
+
+def _keep(path: Path, content: str) -> None:
+    """Write atomically; a cache that can't be written only costs the next start its time."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+            file.write(content)
+        Path(file.name).replace(path)
+    except OSError:
+        return

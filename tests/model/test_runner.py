@@ -1,0 +1,61 @@
+"""What is decided for the machine, and what is refused."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from reference import random_rows
+
+from model.cpu import CpuRunner
+from model.encoder import Encoder
+from model.errors import UnsupportedModel
+from model.runner import _cgroup_cores, available_cores, make_runner
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """make_runner sets the threads of the whole process."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+def test_choices_are_told_and_kept(make_checkpoint: Callable[..., Path]) -> None:
+    runner, choice = make_runner(make_checkpoint(), device="cpu", threads=1, max_batch_tokens=77)
+    assert (choice.device, choice.dtype, choice.threads, choice.max_batch_tokens) == ("cpu", "float32", 1, 77)
+    assert choice.as_dict()["kernel"] == choice.kernel != ""
+    assert torch.get_num_threads() == 1
+    rows = random_rows((5, 3))
+    np.testing.assert_array_equal(runner(rows, "cls"), CpuRunner(Encoder.from_folder(make_checkpoint()))(rows, "cls"))
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("options", [{"device": "tpu"}, {"device": "mps"}, {"device": ""}, {"device": "cpu", "dtype": "int4"}])
+def test_what_this_library_does_not_run(make_checkpoint: Callable[..., Path], options: dict[str, str]) -> None:
+    with pytest.raises(UnsupportedModel, match="is not supported"):
+        make_runner(make_checkpoint(), **options)
+
+
+@pytest.mark.parametrize(
+    ("files", "wanted"),
+    [
+        ({"cpu.max": "150000 100000\n"}, 1.5),
+        ({"cpu.max": "max 100000\n"}, None),
+        ({"cpu/cpu.cfs_quota_us": "400000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4.0),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
+        ({"cpu.max": "broken\n"}, None),
+        ({}, None),
+    ],
+)
+def test_a_containers_quota(tmp_path: Path, files: dict[str, str], wanted: float | None) -> None:
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    assert _cgroup_cores(tmp_path) == wanted
+
+
+def test_there_is_always_a_core() -> None:
+    assert available_cores() >= 1

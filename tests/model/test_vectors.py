@@ -1,0 +1,78 @@
+"""What is done to finished rows, by hand."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.vectors import compare, finite_rows, normalize, shorten
+
+ROWS = np.array([[3, 4], [0, 0], [-5, 0], [1e-20, 0]], dtype=np.float32)
+
+
+def test_normalize_by_hand() -> None:
+    """A zero vector stays zero, and one too short for a direction stays short."""
+    np.testing.assert_allclose(normalize(ROWS), [[0.6, 0.8], [0, 0], [-1, 0], [1e-8, 0]], rtol=1e-6)
+    assert normalize(ROWS).dtype == np.float32
+
+
+def test_shorten_keeps_the_first_columns() -> None:
+    assert shorten(ROWS, 1).tolist() == ROWS[:, :1].tolist()
+    assert shorten(ROWS, 1).flags.c_contiguous
+    assert shorten(ROWS, None) is ROWS
+
+
+A = np.array([[3, 4], [1, 0]], dtype=np.float32)
+B = np.array([[3, 4], [0, 2], [0, 0]], dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    ("metric", "wanted"),
+    [
+        ("dot", [[25, 8, 0], [3, 0, 0]]),
+        ("cosine", [[1, 0.8, 0], [0.6, 0, 0]]),
+        ("euclidean", [[0, np.sqrt(13), 5], [np.sqrt(20), np.sqrt(5), 1]]),
+    ],
+)
+def test_compare_by_hand(metric, wanted) -> None:
+    matrix = compare(A, B, metric)
+    np.testing.assert_allclose(matrix, wanted, rtol=1e-6, atol=1e-7)
+    assert matrix.dtype == np.float32
+
+
+def test_the_distance_to_itself_is_zero() -> None:
+    rows = np.random.default_rng(0).standard_normal((20, 300)).astype(np.float32)
+    assert compare(rows, rows, "euclidean").diagonal().tolist() == [0] * 20
+
+
+@given(st.sampled_from([1e-7, 1e-6, 1e-5, 3e-4, 1e-3, 0.1, 10.0]), st.sampled_from([1e-3, 1.0, 100.0]), st.integers(0, 5))
+@settings(deadline=None, database=None)
+def test_distances_are_exact_however_near(step: float, size: float, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    a = (random.standard_normal((4, 384)) * size).astype(np.float32)
+    b = (a + random.standard_normal((4, 384)) * size * step).astype(np.float32)
+    by_numpy = np.linalg.norm(a.astype(np.float64)[:, None] - b.astype(np.float64)[None], axis=-1)
+    np.testing.assert_allclose(compare(a, b, "euclidean"), by_numpy, rtol=2e-6)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "dot", "euclidean"])
+@pytest.mark.parametrize("alike", [False, True])
+def test_two_long_lists_fit_into_memory(metric, alike: bool) -> None:
+    """1024 x 1024 differences of 768 numbers would be 3 GB at once."""
+    a = np.random.default_rng(0).standard_normal((1024, 768)).astype(np.float32)
+    b = np.broadcast_to(a[0], a.shape) if alike else a[::-1]
+    tracemalloc.start()
+    compare(a, b, metric)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100e6
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (4, 2, 3)])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_rows_that_are_no_numbers_are_found(shape: tuple[int, ...], bad: float) -> None:
+    rows = np.zeros(shape, dtype=np.float32)
+    rows[2].flat[1] = bad
+    assert finite_rows(rows).tolist() == [True, True, False, True]
