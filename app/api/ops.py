@@ -1,0 +1,40 @@
+"""What an operator asks: is it alive, is it ready, what is it, how is it doing."""
+
+from typing import Any
+
+from fastapi import APIRouter, Response
+
+from app.api.json_route import ServiceOf
+from app.errors import NotReady
+
+router = APIRouter(tags=["operations"])
+
+_DOWN: dict[int | str, dict[str, Any]] = {503: {"description": "not able to answer"}}
+
+
+@router.get("/health", response_class=Response, responses=_DOWN)
+async def health(service: ServiceOf) -> Response:
+    """200 as long as the process can recover by itself; 503 when only a restart helps."""
+    if service.scheduler.failed:
+        raise NotReady("the engine died and does not start again; restart the server")
+    return Response()
+
+
+@router.get("/ready", response_class=Response, responses=_DOWN)
+async def ready(service: ServiceOf) -> Response:
+    """200 while requests are answered; 503 while the engine starts again or the server stops."""
+    if not service.scheduler.ready:
+        raise NotReady("the engine is not ready; try again soon", retry_after=1)
+    return Response()
+
+
+@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+async def metrics(service: ServiceOf) -> Response:
+    """Prometheus's text format."""
+    return Response(service.metrics.exposition(), media_type="text/plain; version=0.0.4")
+
+
+@router.get("/info")
+async def info(service: ServiceOf) -> dict[str, Any]:
+    """What is served and what was decided at start."""
+    return service.info()

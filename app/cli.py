@@ -1,0 +1,254 @@
+"""The command line: serve, info, embed. Each calls the same functions as the server."""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from app.settings import Settings, SettingsError
+
+_KEEP_ALIVE = 75  # seconds: longer than proxies and pools keep a connection, so that it is never closed under a request
+_UNLIMITED = 2**40
+_CHUNK = 512  # texts of `bertd embed` in one submission; the next is tokenized while one is encoded
+
+
+class Failure(Exception):
+    """A command that can't go on; the message says why and what to do."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one subcommand; the exit code. Expected failures end in one line on standard error and code 1."""
+    options = vars(_parser().parse_args(arguments))
+    command: Callable[..., None] = options.pop("command")
+    flags = {name: options.pop(name) for name in Settings.model_fields if name in options}
+    try:
+        settings = Settings.read(os.environ, {name: value for name, value in flags.items() if value is not None})
+        logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+        command(settings, **options)
+    except KeyboardInterrupt:
+        return 130
+    except (SettingsError, Failure) as error:
+        print(f"bertd: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def serve(settings: Settings) -> None:
+    """Serve over HTTP until SIGTERM or SIGINT; every accepted request is answered first."""
+    sock = _listen(settings)
+    import uvicorn  # once the port is known to be free: a refusal comes at once
+
+    from app.main import create_app
+    from app.service import Service
+
+    banner = ""
+
+    class Server(uvicorn.Server):
+        """uvicorn's, but it says when it listens, and ends with exit code 0 after a signal: uvicorn would raise it again."""
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            print(banner, flush=True)
+
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self.handle_exit)
+            yield
+
+    async def run(service: Service) -> None:
+        nonlocal banner
+        banner = _banner(service.info(), sock)
+        app = create_app(settings, service)
+        await Server(
+            uvicorn.Config(
+                app,
+                http="httptools",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                timeout_keep_alive=_KEEP_ALIVE,
+            )
+        ).serve([sock])
+
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)
+    _with_service(settings, run)
+
+
+def info(settings: Settings) -> None:
+    """Print what would be served and what is decided on this machine, as JSON."""
+
+    async def run(service: Any) -> None:
+        print(json.dumps(service.info(), indent=2))
+
+    _with_service(settings, run)
+
+
+def embed(settings: Settings, file: Path, output: Path | None, **options: Any) -> None:
+    """Embed a file, one text per line or JSONL, into .npy, .jsonl or .safetensors."""
+    target = output or file.with_suffix(".npy")
+    if target.suffix not in _WRITERS:
+        raise Failure(f"{target} ends in {target.suffix or 'nothing'}; wanted one of {', '.join(_WRITERS)}")
+    texts = _read_texts(file)
+    unlimited = {"max_queue_tokens": _UNLIMITED, "max_client_batch_size": _CHUNK, "request_timeout": float(_UNLIMITED)}
+
+    async def run(service: Any) -> None:
+        _WRITERS[target.suffix](target, texts, await _embed_all(service, texts, options))
+
+    _with_service(settings.model_copy(update=unlimited), run)
+    print(f"{len(texts)} vectors in {target}", file=sys.stderr)
+
+
+async def _embed_all(service: Any, texts: list[str], options: Mapping[str, Any]) -> Any:
+    import numpy as np
+    from tqdm import tqdm
+
+    from app.service import Embedding
+
+    how = Embedding(**options)
+    chunks = [texts[start : start + _CHUNK] for start in range(0, len(texts), _CHUNK)]
+    vectors, truncated = [], 0
+    with tqdm(total=len(texts), unit="text", disable=None) as progress:
+        coming = asyncio.ensure_future(service.embed(chunks[0], how))
+        for following in [*chunks[1:], None]:
+            current, coming = coming, asyncio.ensure_future(service.embed(following, how)) if following else coming
+            rows, stats = await current
+            vectors.append(rows)
+            truncated += stats.truncated
+            progress.update(len(rows))
+    if truncated:
+        print(f"bertd: {truncated} texts were longer than {service.config.max_tokens} tokens and were cut", file=sys.stderr)
+    return np.concatenate(vectors)
+
+
+def _read_texts(file: Path) -> list[str]:
+    """The texts of a file: one per line, or in .jsonl a string or an object with "text" per line."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise Failure(f"{file} can't be read ({error}); wanted a UTF-8 file with one text per line") from None
+    texts = [_text_of(line, number, file) for number, line in enumerate(lines, 1)] if file.suffix == ".jsonl" else lines
+    for number, text in enumerate(texts, 1):
+        if not text:
+            raise Failure(f"{file}, line {number} is empty; wanted a text in each line")
+    if not texts:
+        raise Failure(f"{file} is empty; wanted a text in each line")
+    return texts
+
+
+def _text_of(line: str, number: int, file: Path) -> str:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        value = None
+    text = value.get("text") if isinstance(value, dict) else value
+    if not isinstance(text, str):
+        raise Failure(f'{file}, line {number} holds no text; wanted a JSON string or an object with "text"')
+    return text
+
+
+def _write_npy(path: Path, texts: list[str], vectors: Any) -> None:
+    import numpy as np
+
+    np.save(path, vectors)
+
+
+def _write_jsonl(path: Path, texts: list[str], vectors: Any) -> None:
+    from app.render import json_bytes
+
+    with path.open("wb") as file:
+        for text, vector in zip(texts, vectors, strict=True):
+            file.write(json_bytes({"text": text, "embedding": vector}) + b"\n")
+
+
+def _write_safetensors(path: Path, texts: list[str], vectors: Any) -> None:
+    from safetensors.numpy import save_file
+
+    save_file({"embeddings": vectors}, path)
+
+
+_WRITERS: Mapping[str, Callable[[Path, list[str], Any], None]] = {
+    ".npy": _write_npy,
+    ".jsonl": _write_jsonl,
+    ".safetensors": _write_safetensors,
+}
+
+
+def _with_service(settings: Settings, run: Callable[[Any], Any]) -> None:
+    """Run a coroutine around a started service, in an event loop of its own."""
+    import uvloop
+
+    from app.errors import ServiceError
+    from app.metrics import Metrics
+    from app.service import running_service
+    from model.errors import ModelError
+
+    async def around() -> None:
+        async with running_service(settings, Metrics()) as service:
+            await run(service)
+
+    try:
+        uvloop.run(around())
+    except (ModelError, ServiceError) as error:
+        raise Failure(str(error)) from None
+
+
+def _listen(settings: Settings) -> socket.socket:
+    """The port, taken before anything slow starts; nobody can connect until the server listens on it."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((settings.host, settings.port))
+    except OSError as error:
+        raise Failure(
+            f"{settings.host}:{settings.port} can't be listened on ({error.strerror}); choose another --port or --host"
+        ) from None
+    return sock
+
+
+def _banner(facts: Mapping[str, Any], sock: socket.socket) -> str:
+    host, port = sock.getsockname()[:2]
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    limits = (
+        f"{facts['max_input_length']} tokens a text, {facts['max_batch_tokens']} a batch, "
+        f"{facts['max_queue_tokens']} in the queue, {facts['max_client_batch_size']} texts a request"
+    )
+    return "\n".join(
+        (
+            f"model    {facts['model_id']} (SHA-256 {facts['model_sha'][:16]}…), {facts['dimension']} dimensions",
+            f"device   {facts['device']}, {facts['dtype']}, {facts['kernel']}, {facts['threads']} threads",
+            f"limits   {limits}",
+            f"ready    {url}  (docs at {url}/docs)",
+            f"""try      curl {url}/embed -H 'Content-Type: application/json' -d '{{"inputs": "hello"}}'""",
+        )
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="bertd", description="Text embeddings over HTTP from a BERT encoder.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in (serve, info, embed):
+        about = (command.__doc__ or "").split("\n", 1)[0]
+        sub = commands.add_parser(command.__name__, help=about, description=about)
+        sub.set_defaults(command=command)
+        for name, option in Settings.model_fields.items():
+            sub.add_argument(f"--{name.replace('_', '-')}", dest=name, metavar=name.upper(), help=option.description)
+    sub.add_argument("file", metavar="FILE", type=Path, help="one text per line, or .jsonl")
+    sub.add_argument("-o", "--output", type=Path, help=f"{', '.join(_WRITERS)}; default: FILE with the suffix .npy")
+    sub.add_argument("--no-normalize", dest="normalize", action="store_false", help="keep the length of each vector")
+    sub.add_argument("--dimensions", type=int, help="keep this many numbers of each vector")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,217 @@
+"""The keeper of one engine process: start, run, watch, restart, stop."""
+
+import asyncio
+import itertools
+import logging
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from app.errors import EngineError
+from app.frames import Frame, FrameProtocol, dump
+from model.tokens import Tokens
+from model.vectors import FloatArray
+
+log = logging.getLogger("bertd.engine")
+
+_RESTART_DELAYS = (0.0, 0.5, 1.0, 2.0, 4.0)  # seconds before each try; after the last the engine has failed
+_GRACE_SECONDS = 0.5
+# What torch's libraries read when they are loaded; the user's own values win. See docs/performance.md.
+_ENVIRONMENT = {
+    # Threads spin at a barrier for a short time before they sleep. By default they spin far longer, and when anything
+    # else runs on the machine a thread then burns its core waiting for one that has none: 25 times the latency.
+    "GOMP_SPINCOUNT": "30000",
+    # oneDNN makes a primitive for each number of rows, of megabytes each, and keeps the last 1,024.
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
+    "LRU_CACHE_CAPACITY": "64",
+}
+_WORKER = [sys.executable, "-m", "app.worker"]
+
+
+HIDDEN = "hidden"  # the task of a batch that wants matrices; any other is the name of a pooling
+Results = FloatArray | list[FloatArray]
+"""Vectors [N, out], or one matrix [L, H] per row."""
+
+
+class State(StrEnum):
+    STARTING = "starting"
+    READY = "ready"
+    FAILED = "failed"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What the process is told: the words of `model.runner.make_runner`."""
+
+    folder: str
+    device: str = "auto"
+    dtype: str = "auto"
+    threads: int = 0
+    max_batch_tokens: int = 0
+
+
+class EngineDied(Exception):
+    """The process is gone. `running` tells the batch that it was working on from one that waited in the pipe."""
+
+    def __init__(self, running: bool) -> None:
+        super().__init__("the engine process died")
+        self.running = running
+
+
+class BatchFailed(Exception):
+    """The process refused a batch and lives on; the message is the kind of error, without a client's text."""
+
+
+class Engine:
+    """One child process that holds a Runner. Lives in the event loop; nothing here blocks it."""
+
+    def __init__(self, options: EngineOptions, command: Sequence[str] = _WORKER) -> None:
+        self.state = State.STOPPED
+        self.facts: dict[str, Any] = {}
+        self.restarts = 0
+        self.on_change: Callable[[], None] = lambda: None  # called whenever `free` or `state` may have changed
+        self._options = options
+        self._command = command
+        self._process: subprocess.Popen[bytes] | None = None
+        self._transport: asyncio.Transport | None = None
+        self._hello: asyncio.Future[Frame | None] | None = None
+        self._waiting: dict[int, asyncio.Future[Results]] = {}
+        self._ending = False  # whether the batch that runs has come to its last layer
+        self._numbers = itertools.count()
+        self._restarting: asyncio.Task[None] | None = None
+
+    @property
+    def free(self) -> bool:
+        """Whether a batch can be taken now: none is out, or the one that is out has come to its last layer.
+
+        So the next one waits in the pipe when it is needed, and is formed as late, and as large, as it can be.
+        """
+        return self.state is State.READY and len(self._waiting) < (2 if self._ending else 1)
+
+    async def start(self) -> None:
+        """Start the process and wait until it is ready. Raises EngineError that says why it can't be."""
+        self.state = State.STARTING
+        try:
+            await self._launch()
+        except EngineError:
+            self.state = State.FAILED
+            raise
+
+    def run(self, task: str, rows: Sequence[Tokens]) -> "asyncio.Future[Results]":
+        """Hand over a batch; only while `free`. The task is a pooling, or "hidden" for matrices.
+
+        The future raises EngineDied when the process goes away first, BatchFailed when it could not do this batch.
+        """
+        assert self._transport is not None
+        number = next(self._numbers)
+        answer = self._waiting[number] = asyncio.get_running_loop().create_future()
+        lengths = np.array([len(row) for row in rows], dtype=np.int32)
+        ids = np.concatenate([row.ids for row in rows])
+        types = np.concatenate([row.types for row in rows])
+        self._transport.writelines(dump({"number": number, "task": task}, [lengths, ids, types]))
+        return answer
+
+    async def stop(self) -> None:
+        """End the process. Batches that are out raise EngineDied."""
+        self.state = State.STOPPED
+        if self._restarting is not None:
+            self._restarting.cancel()
+        if self._transport is not None:
+            self._transport.close()
+        await self._reap()
+
+    async def _launch(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._hello = loop.create_future()
+        ours, theirs = socket.socketpair()
+        with theirs:
+            descriptor = theirs.fileno()
+            environment = {**_ENVIRONMENT, **os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+            self._process = subprocess.Popen(
+                [*self._command, str(descriptor)], pass_fds=[descriptor], stdin=subprocess.DEVNULL, env=environment
+            )
+        ours.setblocking(False)
+        transport, _ = await loop.create_unix_connection(
+            lambda: FrameProtocol(self._on_frame, lambda: self._on_lost(transport)), sock=ours
+        )
+        self._transport = transport
+        transport.writelines(dump(asdict(self._options)))
+        hello = await self._hello
+        if hello is None or "failed" in hello.head:
+            code = await self._reap()
+            raise EngineError(
+                hello.head["failed"] if hello else f"the engine process ended with exit code {code} while it started"
+            )
+        self.facts = hello.head
+        self.state = State.READY
+        self.on_change()
+
+    def _on_frame(self, frame: Frame) -> None:
+        if self._hello is not None and not self._hello.done():
+            self._hello.set_result(frame)
+            return
+        self._ending = "ending" in frame.head
+        if self._ending:
+            self.on_change()
+            return
+        answer = self._waiting.pop(frame.head["number"], None)
+        if answer is not None and not answer.done():
+            if "error" in frame.head:
+                answer.set_exception(BatchFailed(frame.head["error"]))
+            else:
+                answer.set_result(frame.arrays if frame.head["task"] == HIDDEN else frame.arrays[0])
+
+    def _on_lost(self, transport: asyncio.BaseTransport) -> None:
+        """The socket is closed: answer everyone who waits for this process, and start another unless we are stopping."""
+        if transport is not self._transport and self._transport is not None:
+            return
+        self._transport = None
+        if self._hello is not None and not self._hello.done():
+            self._hello.set_result(None)
+        self._ending = False
+        waiting, self._waiting = self._waiting, {}
+        for place, answer in enumerate(waiting.values()):
+            if not answer.done():
+                answer.set_exception(EngineDied(running=place == 0))
+        if self.state is State.READY:
+            log.error("engine process died; starting another")
+            self.state = State.STARTING
+            self._restarting = asyncio.get_running_loop().create_task(self._restart())
+            self.on_change()
+
+    async def _restart(self) -> None:
+        for delay in _RESTART_DELAYS:
+            await self._reap()
+            await asyncio.sleep(delay)
+            try:
+                await self._launch()
+            except EngineError as error:
+                log.error("engine process did not start: %s", error)
+            else:
+                self.restarts += 1
+                self.on_change()
+                return
+        self.state = State.FAILED
+        self.on_change()
+
+    async def _reap(self) -> int | None:
+        """Make sure that the process is gone; its exit code."""
+        return await asyncio.to_thread(_end, self._process) if self._process else None
+
+
+def _end(process: subprocess.Popen[bytes]) -> int:
+    """Its socket is closed, so the process ends by itself unless a batch holds it; nothing that it holds is worth waiting for."""
+    try:
+        return process.wait(_GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()

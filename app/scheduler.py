@@ -1,0 +1,284 @@
+"""Waiting rows -> batches -> engines -> answers.
+
+All state lives in the event loop: no locks, no timers, no polling. A batch forms when an engine can take one, out of
+whatever waits then; rows of different jobs take turns. Each row ends exactly once: as a result, an error, or
+dropped because nobody waits for it any more.
+"""
+
+import asyncio
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from app.engine import BatchFailed, Engine, EngineDied, Results, State
+from app.errors import EngineError, NotReady, Overloaded, ServiceError
+from app.metrics import Metrics
+from model.tokens import Tokens
+from model.vectors import FloatArray, finite_rows
+
+log = logging.getLogger("bertd.scheduler")
+
+_DEATHS = 2  # a row that was aboard this many deaths is never tried again
+_QUEUE_SECONDS = 2.0  # of work that may wait where no number of tokens is set
+_RATE_WEIGHT = 0.1  # of the newest batch in the running mean of tokens per second
+
+Outcome = FloatArray | ServiceError
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """One text in the queue."""
+
+    tokens: Tokens
+    job: "Job"
+    place: int
+    deaths: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """The rows of one request, answered together."""
+
+    task: str
+    done: asyncio.Future[None]
+    submitted: float
+    outcomes: list[Outcome | None]
+    waiting: deque[Row] = field(default_factory=deque)
+    open_rows: int = 0
+    started: float = 0.0
+
+    @property
+    def wanted(self) -> bool:
+        return not self.done.done()
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What became of the rows of a job, in its order, and seconds from submission to first batch to the end."""
+
+    outcomes: list[Outcome]
+    queue_seconds: float
+    infer_seconds: float
+
+
+class Scheduler:
+    """Feeds engines. Use from one event loop only."""
+
+    def __init__(self, engines: Sequence[Engine], metrics: Metrics, max_batch_tokens: int, max_queue_tokens: int = 0) -> None:
+        self._engines = engines
+        self._metrics = metrics
+        self._max_batch_tokens = max_batch_tokens
+        self._max_queue_tokens = max_queue_tokens
+        self._turns: deque[Job] = deque()  # jobs that have rows waiting
+        self._retries: deque[list[Row]] = deque()  # batches that go again as they are, before anything else
+        self._jobs: set[Job] = set()
+        self._ended: dict[Engine, float] = {}
+        self._restarts = 0
+        self._rows = 0
+        self._tokens = 0
+        self._rate = sum(float(engine.facts.get("tokens_per_second", 0)) for engine in engines) or 1.0
+        self._draining = False
+        self._pumping = False
+        for engine in engines:
+            engine.on_change = self._on_engine_change
+        self._on_engine_change()
+
+    async def submit(self, rows: Sequence[Tokens], task: str) -> Answer:
+        """Queue the rows of one request and wait for all of them.
+
+        Raises NotReady or Overloaded at once, before anything is queued. When the caller is cancelled, rows that
+        no engine has yet are dropped.
+        """
+        tokens = sum(map(len, rows))
+        self._admit(tokens)
+        loop = asyncio.get_running_loop()
+        job = Job(task, loop.create_future(), time.perf_counter(), [None] * len(rows), open_rows=len(rows))
+        job.waiting.extend(Row(row, job, place) for place, row in enumerate(rows))
+        self._jobs.add(job)
+        self._turns.append(job)
+        self._count(len(rows), tokens)
+        self._pump_soon()
+        try:
+            await job.done
+        finally:
+            self._forget(job)
+        end = time.perf_counter()
+        outcomes = [EngineError("the row was lost") if outcome is None else outcome for outcome in job.outcomes]
+        return Answer(outcomes, job.started - job.submitted, end - job.started)
+
+    @property
+    def ready(self) -> bool:
+        return not self._draining and any(engine.state is State.READY for engine in self._engines)
+
+    @property
+    def failed(self) -> bool:
+        """Whether no engine will come back."""
+        return all(engine.state is State.FAILED for engine in self._engines)
+
+    @property
+    def max_queue_tokens(self) -> int:
+        return self._max_queue_tokens or max(self._max_batch_tokens, int(self._rate * _QUEUE_SECONDS))
+
+    async def drain(self) -> None:
+        """Refuse new work and answer what was accepted."""
+        self._draining = True
+        while self._jobs:
+            await asyncio.wait([job.done for job in self._jobs])
+            await asyncio.sleep(0)
+
+    def _admit(self, tokens: int) -> None:
+        if self._draining:
+            raise NotReady("the server is stopping; send the request to another one", retry_after=1)
+        if self.failed:
+            raise NotReady("the engine does not start; see the server's log", retry_after=30)
+        if self._tokens and self._tokens + tokens > self.max_queue_tokens:
+            wait = math.ceil(self._tokens / self._rate)
+            raise Overloaded(
+                f"{self._tokens} tokens wait and {tokens} more would pass the limit of {self.max_queue_tokens}; "
+                f"try again in {wait} s",
+                retry_after=wait,
+            )
+
+    def _count(self, rows: int, tokens: int) -> None:
+        self._rows += rows
+        self._tokens += tokens
+        self._metrics.queue_rows.set(self._rows)
+        self._metrics.queue_tokens.set(self._tokens)
+
+    def _forget(self, job: Job) -> None:
+        """The job has ended, one way or another: none of its rows may be left in the queue."""
+        self._jobs.discard(job)
+        job.done.cancel()
+        self._count(-len(job.waiting), -sum(len(row.tokens) for row in job.waiting))
+        job.waiting.clear()
+
+    def _on_engine_change(self) -> None:
+        self._metrics.engine_ready.set(sum(engine.state is State.READY for engine in self._engines))
+        restarts = sum(engine.restarts for engine in self._engines)
+        self._metrics.engine_restarts.inc(restarts - self._restarts)
+        self._restarts = restarts
+        if self.failed:
+            for job in list(self._jobs):
+                self._settle_all(job, NotReady("the engine died and does not start again; see the server's log", 30))
+        self._pump_soon()
+
+    def _pump_soon(self) -> None:
+        """Form batches once this turn of the event loop is over, so that requests that arrived in it travel together."""
+        if not self._pumping:
+            self._pumping = True
+            asyncio.get_running_loop().call_soon(self._pump)
+
+    def _pump(self) -> None:
+        self._pumping = False
+        for engine in self._engines:
+            while engine.free and (batch := self._next_batch()):
+                self._send(engine, batch)
+
+    def _next_batch(self) -> list[Row]:
+        while self._retries:
+            if batch := [row for row in self._retries.popleft() if row.job.wanted]:
+                return batch
+        return self._take_turns()
+
+    def _take_turns(self) -> list[Row]:
+        """A row from each job in turn, of one task, up to the limit of tokens; jobs of other tasks lead the next batch."""
+        batch: list[Row] = []
+        tokens = 0
+        others: list[Job] = []
+        while self._turns:
+            job = self._turns.popleft()
+            if not job.waiting:
+                continue
+            if batch and job.task != batch[0].job.task:
+                others.append(job)
+                continue
+            row = job.waiting[0]
+            if batch and tokens + len(row.tokens) > self._max_batch_tokens:
+                self._turns.appendleft(job)
+                break
+            batch.append(job.waiting.popleft())
+            tokens += len(row.tokens)
+            if job.waiting:
+                self._turns.append(job)
+        self._turns.extendleft(reversed(others))
+        self._count(-len(batch), -tokens)
+        return batch
+
+    def _send(self, engine: Engine, batch: list[Row]) -> None:
+        start = time.perf_counter()
+        for row in batch:
+            row.job.started = row.job.started or start
+        answer = engine.run(batch[0].job.task, [row.tokens for row in batch])
+        answer.add_done_callback(lambda answer: self._finish(engine, batch, start, answer))
+
+    def _finish(self, engine: Engine, batch: list[Row], start: float, answer: asyncio.Future[Results]) -> None:
+        """A batch came back; every row of it ends here or goes back to the head of the queue."""
+        try:
+            results = answer.result()
+            self._measure(engine, batch, start)
+            self._settle_results(batch, results)
+        except EngineDied as death:
+            self._after_death(batch, death.running)
+        except BatchFailed as failure:
+            self._after_failure(batch, failure)
+        except Exception as error:  # ours to mend, but nobody may wait for ever
+            log.exception("batch lost")
+            self._settle_rows(batch, EngineError(f"the batch was lost ({type(error).__name__})"))
+        self._pump_soon()
+
+    def _measure(self, engine: Engine, batch: list[Row], start: float) -> None:
+        """Correct the rate by a batch: it ran from when it was sent or, if it waited in the pipe, from the last one's end."""
+        tokens = sum(len(row.tokens) for row in batch)
+        self._metrics.batch_rows.observe(len(batch))
+        self._metrics.batch_tokens.observe(tokens)
+        end = time.perf_counter()
+        seconds = end - max(start, self._ended.get(engine, 0.0))
+        self._ended[engine] = end
+        weight = _RATE_WEIGHT * min(1.0, tokens / self._max_batch_tokens)
+        self._rate += weight * (tokens / seconds * len(self._engines) - self._rate)
+        self._metrics.tokens_per_second.set(self._rate)
+
+    def _settle_results(self, batch: list[Row], results: Results) -> None:
+        if isinstance(results, list):
+            finite = [bool(finite_rows(matrix[None])[0]) for matrix in results]
+        else:
+            finite = finite_rows(results).tolist()
+        for row, result, good in zip(batch, results, finite, strict=True):
+            self._settle(row, result if good else EngineError("the encoder gave a value that is not a number"))
+
+    def _after_death(self, batch: list[Row], running: bool) -> None:
+        for row in batch:
+            row.deaths += running
+        lost = [row for row in batch if row.deaths >= _DEATHS]
+        self._settle_rows(lost, EngineError("the engine died twice over this request; it will not be tried again"))
+        self._retries.appendleft([row for row in batch if row.deaths < _DEATHS])
+
+    def _after_failure(self, batch: list[Row], failure: BatchFailed) -> None:
+        """Halve a batch that fails for its data until the bad row is alone."""
+        if len(batch) == 1:
+            self._settle_rows(batch, EngineError(f"the encoder failed on this text ({failure})"))
+            return
+        middle = len(batch) // 2
+        self._retries.extendleft((batch[middle:], batch[:middle]))
+
+    def _settle_rows(self, rows: list[Row], error: ServiceError) -> None:
+        for row in rows:
+            self._settle(row, error)
+
+    def _settle(self, row: Row, outcome: Outcome) -> None:
+        job = row.job
+        if not job.wanted:
+            return
+        job.outcomes[row.place] = outcome
+        job.open_rows -= 1
+        if not job.open_rows:
+            job.done.set_result(None)
+
+    def _settle_all(self, job: Job, error: ServiceError) -> None:
+        if job.wanted:
+            job.outcomes = [error if outcome is None else outcome for outcome in job.outcomes]
+            job.started = job.started or job.submitted
+            job.done.set_result(None)

@@ -1,0 +1,79 @@
+"""Every option: type, default, help, limits. The only reader of the environment."""
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+
+PREFIX = "BERTD_"
+
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+
+
+class SettingsError(Exception):
+    """An option that cannot be used; says which, what was found and what was wanted."""
+
+
+class Settings(BaseModel):
+    """Options of the service; each is an environment variable BERTD_NAME and a flag --name of `bertd serve`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = Field(
+        "sentence-transformers/all-MiniLM-L6-v2",
+        min_length=1,
+        description="a folder, a Hugging Face name, or a name that an installed package carries",
+    )
+    revision: str | None = Field(None, description="commit, branch or tag of a model on the Hugging Face Hub")
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8080, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    device: Device = Field("auto", description="auto, cpu, cuda or cuda:N")
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
+        "auto", description="arithmetic of the encoder; auto is float32 on a CPU"
+    )
+    pooling: Literal["cls", "pooler", "mean", "max", "last"] | None = Field(
+        None, description="pooling where a request names none; default: the checkpoint's own"
+    )
+    threads: int = Field(0, ge=0, description="threads of the encoder; 0 takes the cores that the container may use")
+    max_batch_tokens: int = Field(0, ge=0, description="tokens in one batch; 0 leaves it to the device")
+    max_queue_tokens: int = Field(0, ge=0, description="tokens that may wait; 0 takes about 2 s of work")
+    max_client_batch_size: int = Field(2048, ge=1, description="texts in one request")
+    max_body_bytes: int = Field(8 * 2**20, ge=1, description="bytes in the body of one request")
+    request_timeout: float = Field(30.0, gt=0, description="seconds until a request is answered 504")
+    api_key: SecretStr | None = Field(None, description="key that clients send as `Authorization: Bearer KEY`")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
+
+    @model_validator(mode="after")
+    def _refuse_contradictions(self) -> Self:
+        if self.api_key is not None and not self.api_key.get_secret_value().strip():
+            raise ValueError("api_key is empty; unset it or give a key")
+        return self
+
+    @classmethod
+    def read(cls, environment: Mapping[str, str], flags: Mapping[str, Any] | None = None) -> "Settings":
+        """Settings from BERTD_* variables, flags before them. Raises SettingsError that names every bad option."""
+        known = {variable(name): name for name in cls.model_fields}
+        ours = {name: value for name, value in environment.items() if name.startswith(PREFIX) and not _is_foreign(name, value)}
+        unknown = ours.keys() - known.keys()
+        if unknown:
+            raise SettingsError(f"unknown setting {', '.join(sorted(unknown))}; known are {', '.join(known)}")
+        found: dict[str, Any] = {known[name]: value for name, value in ours.items() if value != ""}
+        try:
+            return cls.model_validate(found | dict(flags or {}))
+        except ValidationError as error:
+            problems = (f"{variable(str(e['loc'][0])) if e['loc'] else 'settings'}: {e['msg']}" for e in error.errors())
+            raise SettingsError("; ".join(problems)) from None
+
+
+_SERVICE_LINK = re.compile(PREFIX + r"(SERVICE_HOST|SERVICE_PORT.*|PORT_\d+_.*)")
+
+
+def _is_foreign(name: str, value: str) -> bool:
+    """Whether Kubernetes set a variable for a Service that is called bertd (BERTD_PORT=tcp://… among them)."""
+    return bool(_SERVICE_LINK.fullmatch(name)) or (name == variable("port") and value.startswith("tcp://"))
+
+
+def variable(name: str) -> str:
+    """The environment variable of a setting."""
+    return PREFIX + name.upper()

@@ -1,0 +1,31 @@
+"""Coroutine tests run on uvloop, as the server does; engines without torch; a real server for all that ask over HTTP."""
+
+import sys
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+from servers import RunningServer, running_server
+
+from app.engine import Engine, EngineOptions
+
+
+@pytest.fixture
+def anyio_backend() -> tuple[str, dict[str, bool]]:
+    return "asyncio", {"use_uvloop": True}
+
+
+@pytest.fixture
+async def engine() -> AsyncIterator[Engine]:
+    """A running engine around tests/app/fake_worker.py."""
+    engine = Engine(EngineOptions("nowhere"), [sys.executable, str(Path(__file__).with_name("fake_worker.py"))])
+    await engine.start()
+    yield engine
+    await engine.stop()
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[RunningServer]:
+    """The default model behind HTTP, shared by every test that leaves it as it was."""
+    with running_server(max_body_bytes=200_000, max_client_batch_size=3000, max_queue_tokens=500_000) as server:
+        yield server

@@ -1,0 +1,53 @@
+"""An engine process without torch: the protocol of app.worker, and a few token ids on which it misbehaves."""
+
+import os
+import socket
+import sys
+
+import numpy as np
+
+from app import frames
+from app.engine import HIDDEN
+
+DEVICES = 3
+CRASH, NOT_A_NUMBER, FAIL, HOLD = 900, 901, 902, 903  # HOLD never says that it comes to its end
+
+
+def main() -> None:
+    sock = socket.socket(fileno=int(sys.argv[-1]))
+    order = frames.receive(sock)
+    if "refuse" in sys.argv:
+        frames.send(sock, {"failed": "the checkpoint is bad"})
+        return
+    if "vanish" in sys.argv:
+        sys.exit(3)
+    facts = {"device": "cpu", "devices": DEVICES, "dtype": "float32", "kernel": "fake", "threads": 1, "poolings": ["mean", "cls"]}
+    frames.send(sock, {**facts, "max_batch_tokens": order.head["max_batch_tokens"] or 64, "tokens_per_second": 1000.0})
+    while (batch := frames.receive(sock)) is not None:
+        answer(sock, batch)
+
+
+def answer(sock: socket.socket, batch: frames.Frame) -> None:
+    number, task = batch.head["number"], batch.head["task"]
+    lengths, ids, _ = batch.arrays
+    if CRASH in ids:
+        os._exit(1)
+    if FAIL in ids:
+        frames.send(sock, {"number": number, "error": "RuntimeError"})
+        return
+    if HOLD not in ids:
+        frames.send(sock, {"ending": True})
+    rows = np.split(ids, np.cumsum(lengths)[:-1])
+    if task == HIDDEN:
+        arrays = [np.stack([row, row], axis=1).astype(np.float32) for row in rows]
+    else:
+        arrays = [np.array([vector(row) for row in rows], dtype=np.float32)]
+    frames.send(sock, {"number": number, "task": task}, arrays)
+
+
+def vector(row: np.ndarray) -> list[float]:
+    return [float("nan") if NOT_A_NUMBER in row else float(row.sum()), float(len(row))]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+import asyncio
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fake_worker import CRASH, FAIL, HOLD
+
+from app.engine import HIDDEN, BatchFailed, Engine, EngineDied, EngineOptions, State
+from app.errors import EngineError
+from app.service import _start_all
+from model.tokens import Tokens
+
+FAKE = [sys.executable, str(Path(__file__).with_name("fake_worker.py"))]
+
+
+def fake_engine(*flags: str) -> Engine:
+    return Engine(EngineOptions("nowhere"), [*FAKE, *flags])
+
+
+def rows(*ids: list[int]) -> list[Tokens]:
+    return [Tokens.of(row) for row in ids]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+async def until(condition) -> None:
+    """Wait for something that other processes bring about."""
+    async with asyncio.timeout(30):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+async def test_vectors_and_matrices_come_back_in_order(engine):
+    np.testing.assert_array_equal(await engine.run("mean", rows([1, 2], [10])), [[3, 2], [10, 1]])
+    matrices = await engine.run(HIDDEN, rows([1, 2], [10]))
+    assert [matrix.tolist() for matrix in matrices] == [[[1, 1], [2, 2]], [[10, 10]]]
+    assert len(await engine.run(HIDDEN, rows([5]))) == 1
+
+
+async def test_the_next_batch_is_taken_when_the_one_before_comes_to_its_end(engine):
+    free = []
+    engine.on_change = lambda: free.append(engine.free)
+    assert engine.free
+    first = engine.run("mean", rows([1]))
+    assert not engine.free
+    await until(lambda: free)
+    assert free == [True]
+    assert (await first)[0][0] == 1
+
+
+async def test_a_batch_that_does_not_say_that_it_ends_still_frees_the_engine(engine):
+    first = engine.run("mean", rows([HOLD]))
+    assert not engine.free
+    assert (await first)[0][0] == HOLD
+    assert engine.free
+    assert (await engine.run("mean", rows([2])))[0][0] == 2
+
+
+async def test_no_more_than_two_batches_are_out(engine):
+    sent = []
+
+    def send() -> None:
+        if engine.free and len(sent) < 2:
+            sent.append(engine.run("mean", rows([len(sent) + 1])))
+            assert not engine.free
+
+    engine.on_change = send
+    send()
+    await until(lambda: len(sent) == 2)
+    assert [(await answer)[0][0] for answer in sent] == [1, 2]
+
+
+async def test_a_batch_that_fails_leaves_the_process_alive(engine):
+    pid = engine._process.pid
+    with pytest.raises(BatchFailed, match="RuntimeError"):
+        await engine.run("mean", rows([FAIL]))
+    assert (await engine.run("mean", rows([4])))[0][0] == 4
+    assert engine._process.pid == pid
+
+
+async def test_a_death_tells_the_running_batch_from_the_one_in_the_pipe_and_another_process_starts(engine):
+    running, piped = engine.run("mean", rows([CRASH])), engine.run("mean", rows([1]))
+    deaths = await asyncio.gather(running, piped, return_exceptions=True)
+    assert [type(death) for death in deaths] == [EngineDied, EngineDied]
+    assert [death.running for death in deaths] == [True, False]
+    await until(lambda: engine.free)
+    assert engine.restarts == 1
+    assert (await engine.run("mean", rows([6])))[0][0] == 6
+
+
+async def test_changes_are_announced(engine):
+    seen = []
+    engine.on_change = lambda: seen.append(engine.state)
+    with pytest.raises(EngineDied):
+        await engine.run("mean", rows([CRASH]))
+    await until(lambda: engine.free)
+    await until(lambda: len(seen) >= 3)
+    assert seen[0] is State.STARTING
+    assert seen[-1] is State.READY
+
+
+@pytest.mark.parametrize(("flag", "message"), [("refuse", "the checkpoint is bad"), ("vanish", "exit code 3 while it started")])
+async def test_a_process_that_cannot_start_says_why(flag, message):
+    engine = fake_engine(flag)
+    with pytest.raises(EngineError, match=message):
+        await engine.start()
+    assert engine.state is State.FAILED
+    await engine.stop()
+
+
+async def test_stop_leaves_no_process_and_no_waiter(engine):
+    pid = engine._process.pid
+    answer = engine.run("mean", rows([1] * 1000))
+    await engine.stop()
+    assert not is_alive(pid)
+    assert engine.state is State.STOPPED
+    await asyncio.wait([answer])
+    assert answer.exception() is None or isinstance(answer.exception(), EngineDied)
+
+
+async def test_an_engine_that_never_comes_back_has_failed(engine, monkeypatch):
+    monkeypatch.setattr("app.engine._RESTART_DELAYS", (0.0, 0.0))
+    engine._command = [*FAKE, "vanish"]
+    with pytest.raises(EngineDied):
+        await engine.run("mean", rows([CRASH]))
+    await until(lambda: engine.state is State.FAILED)
+    assert not engine.free
+
+
+async def test_every_device_gets_an_engine_unless_one_is_named(monkeypatch):
+    monkeypatch.setattr(Engine.__init__, "__defaults__", (FAKE,))
+    for device, wanted in {"auto": ["auto", "cuda:1", "cuda:2"], "cuda:1": ["cuda:1"]}.items():
+        options = EngineOptions("nowhere", device)
+        engines = [Engine(options)]
+        try:
+            await _start_all(engines, options)
+            assert [engine._options.device for engine in engines] == wanted
+            assert all(engine.state is State.READY for engine in engines)
+        finally:
+            await asyncio.gather(*(engine.stop() for engine in engines))

@@ -1,0 +1,281 @@
+import asyncio
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from app.engine import BatchFailed, EngineDied, State
+from app.errors import EngineError, NotReady, Overloaded, ServiceError
+from app.metrics import Metrics
+from app.scheduler import Scheduler
+from model.tokens import Tokens
+
+
+@dataclass(eq=False)
+class PuppetEngine:
+    """An engine whose batches a test answers by hand."""
+
+    state: State = State.READY
+    facts: dict = field(default_factory=lambda: {"tokens_per_second": 100.0})
+    restarts: int = 0
+    depth: int = 1
+    batches: list = field(default_factory=list)
+
+    def on_change(self):
+        raise AssertionError("the scheduler did not set it")
+
+    @property
+    def free(self):
+        return self.state is State.READY and sum(not answer.done() for _, _, answer in self.batches) < self.depth
+
+    def run(self, task, rows):
+        answer = asyncio.get_running_loop().create_future()
+        self.batches.append((task, [row.ids.tolist() for row in rows], answer))
+        return answer
+
+    @property
+    def last(self):
+        return self.batches[-1][1]
+
+    async def answer(self, error=None):
+        """End the oldest batch that is out, and let the scheduler see it."""
+        _, rows, answer = next(batch for batch in self.batches if not batch[2].done())
+        if error is not None:
+            answer.set_exception(error)
+        else:
+            answer.set_result(np.array([[row[0], len(row)] for row in rows], dtype=np.float32))
+        await turns()
+
+
+async def turns():
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+def make(engine=None, max_batch_tokens=10, max_queue_tokens=1000):
+    engine = engine or PuppetEngine()
+    return engine, Scheduler([engine], Metrics(), max_batch_tokens, max_queue_tokens)
+
+
+def submit(scheduler, *rows, task="mean"):
+    return asyncio.ensure_future(scheduler.submit([Tokens.of(row) for row in rows], task))
+
+
+def firsts(answer):
+    return [float(outcome[0]) for outcome in answer.outcomes]
+
+
+async def test_requests_of_one_moment_travel_together():
+    engine, scheduler = make()
+    jobs = [submit(scheduler, [1, 1]), submit(scheduler, [2]), submit(scheduler, [3], [4])]
+    await turns()
+    assert len(engine.batches) == 1
+    assert sorted(engine.last) == [[1, 1], [2], [3], [4]]
+    await engine.answer()
+    assert [firsts(await job) for job in jobs] == [[1], [2], [3, 4]]
+
+
+async def test_a_batch_holds_no_more_tokens_than_the_limit_but_always_one_row():
+    engine, scheduler = make(max_batch_tokens=5)
+    job = submit(scheduler, [1, 1, 1], [2, 2], [3], [4] * 9)
+    sizes = []
+    while not job.done():
+        await turns()
+        sizes.append([len(row) for row in engine.last])
+        await engine.answer()
+    assert sizes == [[3, 2], [1], [9]]
+    assert firsts(await job) == [1, 2, 3, 4]
+
+
+async def test_a_single_text_does_not_wait_for_a_long_list():
+    engine, scheduler = make(max_batch_tokens=4)
+    bulk = submit(scheduler, *[[7, 7]] * 50)
+    await turns()
+    single = submit(scheduler, [1, 1])
+    await turns()
+    await engine.answer()
+    assert [1, 1] in engine.last
+    await engine.answer()
+    assert firsts(await single) == [1]
+    assert not bulk.done()
+    bulk.cancel()
+
+
+async def test_rows_of_different_tasks_never_share_a_batch_and_take_turns():
+    engine, scheduler = make()
+    jobs = [submit(scheduler, [1]), submit(scheduler, [2], task="cls"), submit(scheduler, [3])]
+    await turns()
+    await engine.answer()
+    await engine.answer()
+    await asyncio.gather(*jobs)
+    assert [(task, rows) for task, rows, _ in engine.batches] == [("mean", [[1], [3]]), ("cls", [[2]])]
+
+
+async def test_rows_that_nobody_waits_for_never_reach_an_engine():
+    engine, scheduler = make()
+    running = submit(scheduler, [1])
+    await turns()
+    gone = submit(scheduler, *[[5]] * 100)
+    stays = submit(scheduler, [2])
+    await turns()
+    gone.cancel()
+    await turns()
+    assert scheduler._tokens == 1
+    await engine.answer()
+    await engine.answer()
+    assert [rows for _, rows, _ in engine.batches] == [[[1]], [[2]]]
+    assert firsts(await running) + firsts(await stays) == [1, 2]
+    assert not scheduler._jobs
+    assert not scheduler._turns
+    assert (scheduler._rows, scheduler._tokens) == (0, 0)
+
+
+async def test_a_batch_that_fails_is_halved_until_the_bad_row_is_alone():
+    engine, scheduler = make(max_batch_tokens=100)
+    jobs = [submit(scheduler, [n]) for n in range(1, 9)]
+    await turns()
+    while not all(job.done() for job in jobs):
+        await engine.answer(BatchFailed("RuntimeError") if [5] in engine.last else None)
+    for number, job in enumerate(jobs, 1):
+        (outcome,) = (await job).outcomes
+        if number == 5:
+            assert isinstance(outcome, EngineError)
+        else:
+            assert outcome[0] == number
+
+
+async def test_rows_aboard_a_death_are_tried_once_more_and_never_after_a_second():
+    engine, scheduler = make()
+    job = submit(scheduler, [1])
+    await turns()
+    await engine.answer(EngineDied(running=True))
+    assert engine.last == [[1]]
+    await engine.answer(EngineDied(running=True))
+    (outcome,) = (await job).outcomes
+    assert isinstance(outcome, EngineError)
+    assert len(engine.batches) == 2
+
+
+async def test_a_batch_that_waited_in_the_pipe_of_a_dead_engine_is_not_held_guilty():
+    engine, scheduler = make()
+    job = submit(scheduler, [1])
+    await turns()
+    for _ in range(5):
+        await engine.answer(EngineDied(running=False))
+    await engine.answer()
+    assert firsts(await job) == [1]
+
+
+async def test_work_waits_for_an_engine_that_starts_again():
+    engine, scheduler = make()
+    engine.state = State.STARTING
+    engine.on_change()
+    job = submit(scheduler, [1])
+    await turns()
+    assert not engine.batches
+    assert not scheduler.ready
+    engine.state = State.READY
+    engine.on_change()
+    await turns()
+    await engine.answer()
+    assert firsts(await job) == [1]
+
+
+async def test_everyone_is_answered_when_no_engine_will_come_back():
+    engine, scheduler = make()
+    jobs = [submit(scheduler, [1]), submit(scheduler, [2])]
+    await turns()
+    jobs.append(submit(scheduler, [3]))
+    await turns()
+    engine.state = State.FAILED
+    engine.on_change()
+    for job in jobs:
+        assert isinstance((await job).outcomes[0], NotReady)
+    with pytest.raises(NotReady):
+        await scheduler.submit([Tokens.of([1])], "mean")
+
+
+async def test_a_full_queue_refuses_at_once_and_says_when_to_come_back():
+    _, scheduler = make(max_queue_tokens=300)
+    submit(scheduler, [1])
+    await turns()
+    waiting = submit(scheduler, [2] * 250)
+    await turns()
+    with pytest.raises(Overloaded) as refused:
+        await scheduler.submit([Tokens.of([3] * 51)], "mean")
+    assert refused.value.retry_after == 3  # 250 tokens at 100 a second
+    assert scheduler._tokens == 250
+    accepted = submit(scheduler, [4] * 50)
+    await turns()
+    waiting.cancel()
+    accepted.cancel()
+
+
+async def test_a_list_beyond_the_limit_is_served_when_nothing_else_waits():
+    engine, scheduler = make(max_batch_tokens=10_000, max_queue_tokens=10)
+    job = submit(scheduler, *[[n] * 5 for n in range(100)])
+    await turns()
+    await engine.answer()
+    assert firsts(await job) == list(range(100))
+
+
+async def test_a_value_that_is_not_a_number_is_an_error_of_its_row_only():
+    engine, scheduler = make()
+    job = submit(scheduler, [1], [2])
+    await turns()
+    engine.batches[0][2].set_result(np.array([[1, np.nan], [2, 2]], dtype=np.float32))
+    bad, good = (await job).outcomes
+    assert isinstance(bad, EngineError)
+    assert good.tolist() == [2, 2]
+
+
+async def test_an_answer_of_the_wrong_shape_ends_every_row_with_an_error():
+    engine, scheduler = make()
+    job = submit(scheduler, [1], [2])
+    await turns()
+    engine.batches[0][2].set_result(np.ones((1, 2), dtype=np.float32))
+    assert all(isinstance(outcome, ServiceError) for outcome in (await job).outcomes)
+
+
+async def test_drain_refuses_new_work_and_answers_old():
+    engine, scheduler = make()
+    jobs = [submit(scheduler, [1]), submit(scheduler, [2])]
+    await turns()
+    draining = asyncio.ensure_future(scheduler.drain())
+    await turns()
+    with pytest.raises(NotReady):
+        await scheduler.submit([Tokens.of([3])], "mean")
+    assert not draining.done()
+    await engine.answer()
+    await draining
+    assert [firsts(await job) for job in jobs] == [[1], [2]]
+
+
+async def test_every_row_gets_exactly_one_answer_in_any_weather():
+    """A storm of jobs, hang-ups, failures and deaths: each job that stayed is answered, and nothing is left behind."""
+    random = np.random.default_rng(0)
+    engine, scheduler = make(PuppetEngine(depth=2), max_batch_tokens=20, max_queue_tokens=10**6)
+    jobs, cancelled = [], set()
+    for step in range(600):
+        if step < 400:
+            jobs.append(submit(scheduler, *[[len(jobs)] * int(n) for n in random.integers(1, 9, random.integers(1, 6))]))
+        if random.random() < 0.2:
+            victim = int(random.integers(len(jobs)))
+            if not jobs[victim].done():
+                jobs[victim].cancel()
+                cancelled.add(victim)
+        await turns()
+        if any(not answer.done() for _, _, answer in engine.batches):
+            kind = random.random()
+            error = BatchFailed("x") if kind < 0.1 else EngineDied(running=True) if kind < 0.15 else None
+            await engine.answer(error)
+    while scheduler._jobs:
+        await engine.answer()
+    for number, job in enumerate(jobs):
+        if number in cancelled:
+            assert job.cancelled()
+        else:
+            for outcome in (await job).outcomes:
+                assert isinstance(outcome, EngineError) or outcome[0] == number
+    assert (scheduler._rows, scheduler._tokens) == (0, 0)
+    assert not any(row.job.wanted for batch in scheduler._retries for row in batch)

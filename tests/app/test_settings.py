@@ -1,0 +1,51 @@
+import pytest
+
+from app.settings import Settings, SettingsError, variable
+
+
+def test_flags_come_before_the_environment_and_the_environment_before_defaults():
+    settings = Settings.read({"BERTD_PORT": "9000", "BERTD_THREADS": "3", "OTHER": "x"}, {"port": "9001"})
+    assert (settings.port, settings.threads, settings.host) == (9001, 3, "127.0.0.1")
+
+
+def test_an_empty_variable_is_the_same_as_none():
+    assert Settings.read({"BERTD_API_KEY": "", "BERTD_PORT": ""}).port == 8080
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"BERTD_PORT": "lots"}, "BERTD_PORT"),
+        ({"BERTD_PORT": "70000"}, "BERTD_PORT"),
+        ({"BERTD_DEVICE": "tpu"}, "BERTD_DEVICE"),
+        ({"BERTD_DTYPE": "float64"}, "BERTD_DTYPE"),
+        ({"BERTD_POOLING": "sum"}, "BERTD_POOLING"),
+        ({"BERTD_REQUEST_TIMEOUT": "0"}, "BERTD_REQUEST_TIMEOUT"),
+        ({"BERTD_API_KEY": "  "}, "api_key is empty"),
+        ({"BERTD_PROT": "1"}, "unknown setting BERTD_PROT"),
+        ({"BERTD_PORT": "x", "BERTD_THREADS": "y"}, "BERTD_THREADS"),
+    ],
+)
+def test_a_bad_option_is_named(environment, message):
+    with pytest.raises(SettingsError, match=message):
+        Settings.read(environment)
+
+
+def test_variables_that_kubernetes_sets_for_a_service_of_our_name_are_not_ours():
+    links = {
+        "BERTD_PORT": "tcp://10.0.0.1:80",
+        "BERTD_SERVICE_HOST": "10.0.0.1",
+        "BERTD_SERVICE_PORT_HTTP": "80",
+        "BERTD_PORT_80_TCP": "tcp://10.0.0.1:80",
+        "BERTD_PORT_80_TCP_ADDR": "10.0.0.1",
+    }
+    assert Settings.read(links) == Settings()
+
+
+def test_a_key_is_not_shown():
+    assert "secret" not in repr(Settings.read({"BERTD_API_KEY": "secret"}))
+
+
+def test_every_option_has_a_help():
+    assert all(option.description for option in Settings.model_fields.values())
+    assert variable("max_batch_tokens") == "BERTD_MAX_BATCH_TOKENS"

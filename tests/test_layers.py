@@ -1,0 +1,85 @@
+"""Imports go strictly down: a module imports only from levels below its own, and all of model/ lies below all of app/."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+LEVELS = {
+    "model": [
+        {"errors", "tokens", "vectors"},
+        {"config"},
+        {"batch", "hub", "checkpoint", "tokenizer"},
+        {"attention", "heads", "pooling"},
+        {"bert"},
+        {"compiled", "encoder"},
+        {"linear"},
+        {"cpu", "cuda"},
+        {"runner"},
+    ],
+    "app": [
+        {"settings", "errors", "metrics", "render", "frames"},
+        {"engine"},
+        {"worker", "scheduler"},
+        {"service"},
+        {"middleware"},
+        {"auth", "api.json_route"},
+        {"api.tei", "api.ops"},
+        {"main"},
+        {"cli"},
+    ],
+}
+ORDER = [f"{package}.{module}" for package, levels in LEVELS.items() for level in levels for module in sorted(level)]
+LEVEL = {
+    f"{package}.{module}": (package == "app", height)
+    for package, levels in LEVELS.items()
+    for height, level in enumerate(levels)
+    for module in level
+}
+
+
+def path_of(module):
+    return ROOT / (module.replace(".", "/") + ".py")
+
+
+def imports_of(module):
+    """Every module of ours that a module imports, inside functions too."""
+    for node in ast.walk(ast.parse(path_of(module).read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        yield from (name for name in names if name in LEVEL)
+
+
+def test_every_module_has_a_level():
+    files = {
+        str(path.relative_to(ROOT).with_suffix("")).replace("/", ".")
+        for package in LEVELS
+        for path in (ROOT / package).rglob("*.py")
+        if path.name != "__init__.py"
+    }
+    assert files == set(ORDER)
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_imports_go_down(module):
+    assert not [name for name in imports_of(module) if LEVEL[name] >= LEVEL[module]]
+
+
+def test_nothing_in_app_imports_torch_or_transformers_on_import():
+    modules = ", ".join(name for name in ORDER if name.startswith("app."))
+    code = f"import sys; import {modules}; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
+
+
+def test_no_module_has_a_name_that_says_nothing():
+    assert not {path.stem for path in ROOT.rglob("*.py")} & {"utils", "common", "helpers", "base", "manager"} - {
+        path.stem for path in (ROOT / ".venv").rglob("*.py")
+    }
