@@ -1,0 +1,138 @@
+"""Library level: texts per second of one process, tokenization included, peers beside us in the same run.
+
+    python -m benchmarks.encode [--models minilm base] [--workloads short mixed long] [--rounds 5] [--write]
+
+Each encoder lives in a process of its own with the same number of threads; rounds are interleaved and medians shown, so that a
+drift of the machine hits all alike. `share` is model FLOPs ÷ time ÷ the machine's rate of large matrix products in the
+same arithmetic, measured in the same rounds.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from benchmarks.machine import describe_machine, matrix_rate
+from benchmarks.peers import PEERS
+from benchmarks.tables import write_section
+from benchmarks.workloads import Workload, make_workload
+from model.config import ModelConfig
+from model.hub import find_model
+from model.runner import available_cores
+
+COUNTS = {"minilm": {"short": 600, "mixed": 120, "long": 24}, "base": {"short": 150, "mixed": 64, "long": 6}}
+
+
+@dataclass
+class Measured:
+    """The seconds of each round of one encoder, and its peak resident memory in MiB."""
+
+    seconds: list[float]
+    rss: int = 0
+
+
+class Peer:
+    """A process that runs benchmarks.peers."""
+
+    def __init__(self, name: str, folder: Path, texts: Path, threads: int) -> None:
+        command = [sys.executable, "-m", "benchmarks.peers", name, str(folder), str(texts), str(threads)]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        self.measured = Measured([])
+        self.works = self._process.stdout.readline().strip() == "ready"
+
+    def run(self) -> None:
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        answer = json.loads(self._process.stdout.readline())
+        self.measured.seconds.append(answer["seconds"])
+        self.measured.rss = answer["rss"]
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def model_folder(model: str, scratch: Path) -> Path:
+    """all-MiniLM-L6-v2, or a BERT-base shape with random weights and the same tokenizer."""
+    minilm = find_model("sentence-transformers/all-MiniLM-L6-v2")
+    if model == "minilm":
+        return minilm
+    import torch
+    from transformers import BertConfig, BertModel
+
+    folder = scratch / model
+    torch.manual_seed(0)
+    BertModel(BertConfig(vocab_size=30522)).save_pretrained(folder)
+    for name in ("tokenizer.json", "vocab.txt", "tokenizer_config.json", "modules.json", "sentence_bert_config.json"):
+        (folder / name).write_bytes((minilm / name).read_bytes())
+    pooling = folder / "1_Pooling"
+    pooling.mkdir()
+    (pooling / "config.json").write_text(json.dumps({"word_embedding_dimension": 768, "pooling_mode_mean_tokens": True}))
+    return folder
+
+
+def measure(folder: Path, workload: Workload, names: list[str], rounds: int, threads: int, scratch: Path) -> list[str]:
+    """Rows of the table for one workload."""
+    texts = scratch / "texts.json"
+    texts.write_text(json.dumps(workload.texts))
+    rates: dict[str, list[float]] = {"float32": [], "bfloat16": [], "int8": []}
+    peers = {name: Peer(name, folder, texts, threads) for name in names}
+    peers = {name: peer for name, peer in peers.items() if peer.works}
+    for _ in range(rounds):
+        for dtype, found in rates.items():
+            found.append(matrix_rate(dtype, threads))
+        for peer in peers.values():
+            peer.run()
+    for peer in peers.values():
+        peer.close()
+    flops = workload.flops(ModelConfig.from_folder(folder))
+    baseline = peers["sentence-transformers float32"].measured.seconds if "sentence-transformers float32" in peers else None
+    rows = []
+    for name, peer in peers.items():
+        seconds = median(peer.measured.seconds)
+        rate = median(rates[PEERS[name][1]])
+        ratio = median(theirs / ours for theirs, ours in zip(baseline, peer.measured.seconds, strict=True)) if baseline else 0
+        rows.append(
+            f"| {name} | {len(workload.texts) / seconds:.0f} | {workload.lengths.sum() / seconds:.0f} | {ratio:.2f} | "
+            f"{flops / seconds / 1e9:.0f} of {rate / 1e9:.0f} ({flops / seconds / rate:.0%}) | {peer.measured.rss} |"
+        )
+    return rows
+
+
+HEADER = (
+    "| encoder | texts/s | tokens/s | × sentence-transformers | GFLOP/s of the matrix rate (share) | peak RSS, MiB |\n"
+    "|---|---|---|---|---|---|"
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["minilm", "base"], choices=COUNTS)
+    parser.add_argument("--workloads", nargs="+", default=["short", "mixed", "long"])
+    parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=PEERS)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=available_cores())
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/performance.md")
+    options = parser.parse_args()
+    lines = [f"`python -m benchmarks.encode --rounds {options.rounds}`, {options.threads} threads, {describe_machine()}."]
+    with tempfile.TemporaryDirectory() as scratch:
+        for model in options.models:
+            folder = model_folder(model, Path(scratch))
+            for name in options.workloads:
+                workload = make_workload(name, COUNTS[model][name], folder)
+                rows = measure(folder, workload, options.peers, options.rounds, options.threads, Path(scratch))
+                title = f"**{model}, {name}** ({len(workload.texts)} texts, {workload.lengths.mean():.0f} tokens on average)"
+                lines += ["", title, "", HEADER, *rows]
+                print("\n".join([title, *rows]), flush=True)
+    if options.write:
+        write_section("encode", "\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

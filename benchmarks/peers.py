@@ -1,0 +1,174 @@
+"""One encoder in a process of its own: python -m benchmarks.peers NAME FOLDER TEXTS.json THREADS
+
+Answers each line on standard input with the seconds of one pass over the texts, tokenization included.
+"""
+
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+Encode = Callable[[Sequence[str]], np.ndarray]
+_BATCH = 32  # texts in a padded batch, as sentence-transformers has it; sorted by length
+_MAX_TOKENS = 512
+_BATCH_TOKENS = 4096  # of ours: about what 32 mixed texts hold; the server takes half of it, for its latency
+
+
+def bertd(dtype: str, folder: Path, threads: int) -> Encode:
+    """Ours: the library as it is, texts in the order in which they come, packed batches."""
+    from model.config import ModelConfig
+    from model.runner import make_runner
+    from model.tokenizer import Tokenizer
+    from model.vectors import normalize
+
+    config = ModelConfig.from_folder(folder)
+    tokenizer = Tokenizer.from_folder(folder, config)
+    runner, choice = make_runner(folder, dtype=dtype, threads=threads, max_batch_tokens=_BATCH_TOKENS)
+
+    def encode(texts: Sequence[str]) -> np.ndarray:
+        rows = iter(tokenizer.encode(texts, max_tokens=_MAX_TOKENS))
+        vectors, batch, tokens = [], [], 0
+        for row in rows:
+            if batch and tokens + len(row) > choice.max_batch_tokens:
+                vectors.append(runner(batch, config.pooling))
+                batch, tokens = [], 0
+            batch.append(row)
+            tokens += len(row)
+        vectors.append(runner(batch, config.pooling))
+        return normalize(np.concatenate(vectors))
+
+    return encode
+
+
+def sentence_transformers(dtype: str, folder: Path, threads: int) -> Encode:
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+    torch.set_num_threads(threads)
+    model = SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": getattr(torch, dtype)})
+    model.max_seq_length = _MAX_TOKENS
+    return lambda texts: model.encode(texts, batch_size=_BATCH, show_progress_bar=False, normalize_embeddings=True)
+
+
+def _padded(folder: Path, run: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Encode:
+    """A peer that takes padded batches: texts sorted by length, mean pooling, normalised."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.enable_truncation(_MAX_TOKENS)
+    tokenizer.enable_padding()
+
+    def encode(texts: Sequence[str]) -> np.ndarray:
+        order = sorted(range(len(texts)), key=lambda n: -len(texts[n]))
+        answer, places = None, iter(order)
+        while batch := list(islice(places, _BATCH)):
+            encoded = tokenizer.encode_batch_fast([texts[n] for n in batch])
+            mask = np.array([e.attention_mask for e in encoded], dtype=np.int64)
+            hidden = run(np.array([e.ids for e in encoded], dtype=np.int64), mask)
+            pooled = (hidden * mask[..., None]).sum(axis=1, dtype=np.float32) / mask.sum(axis=1, keepdims=True)
+            pooled /= np.linalg.norm(pooled, axis=1, keepdims=True)
+            answer = np.empty((len(texts), pooled.shape[1]), dtype=np.float32) if answer is None else answer
+            answer[batch] = pooled
+        return answer
+
+    return encode
+
+
+def _transformers_model(folder: Path):
+    import torch
+    from transformers import BertModel
+
+    class Hidden(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bert = BertModel.from_pretrained(folder, add_pooling_layer=False).eval()
+
+        def forward(self, input_ids, attention_mask):
+            return self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+
+    example = {"input_ids": torch.ones(2, 8, dtype=torch.int64), "attention_mask": torch.ones(2, 8, dtype=torch.int64)}
+    return Hidden().eval(), example
+
+
+def onnx_runtime(dtype: str, folder: Path, threads: int) -> Encode:
+    import onnxruntime
+    import torch
+
+    model, example = _transformers_model(folder)
+    axes = {0: "batch", 1: "length"}
+    with tempfile.TemporaryDirectory() as scratch:
+        path = f"{scratch}/model.onnx"
+        names = {"input_names": list(example), "output_names": ["hidden"]}
+        dynamic = dict.fromkeys([*example, "hidden"], axes)
+        torch.onnx.export(model, tuple(example.values()), path, **names, dynamic_axes=dynamic, dynamo=False)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return _padded(folder, lambda ids, mask: session.run(None, {"input_ids": ids, "attention_mask": mask})[0])
+
+
+def openvino(dtype: str, folder: Path, threads: int) -> Encode:
+    import openvino as ov
+
+    model, example = _transformers_model(folder)
+    converted = ov.convert_model(model, example_input=example)
+    hints = {"INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[dtype], "INFERENCE_NUM_THREADS": threads}
+    compiled = ov.compile_model(converted, "CPU", hints)
+    return _padded(folder, lambda ids, mask: compiled({"input_ids": ids, "attention_mask": mask})[0])
+
+
+def ctranslate2(dtype: str, folder: Path, threads: int) -> Encode:
+    import ctranslate2 as ct
+
+    with tempfile.TemporaryDirectory() as scratch:
+        ct.converters.TransformersConverter(str(folder)).convert(f"{scratch}/model", quantization=dtype, force=True)
+        encoder = ct.Encoder(f"{scratch}/model", device="cpu", compute_type=dtype, intra_threads=threads, inter_threads=1)
+
+    def run(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        rows = [row[:length].tolist() for row, length in zip(ids, mask.sum(axis=1), strict=True)]
+        return np.array(encoder.forward_batch(rows).last_hidden_state)
+
+    return _padded(folder, run)
+
+
+PEERS: Mapping[str, tuple[Callable[[str, Path, int], Encode], str]] = {
+    "bertd float32": (bertd, "float32"),
+    "bertd bfloat16": (bertd, "bfloat16"),
+    "bertd int8": (bertd, "int8"),
+    "sentence-transformers float32": (sentence_transformers, "float32"),
+    "sentence-transformers bfloat16": (sentence_transformers, "bfloat16"),
+    "ONNX Runtime float32": (onnx_runtime, "float32"),
+    "OpenVINO float32": (openvino, "float32"),
+    "OpenVINO bfloat16": (openvino, "bfloat16"),
+    "CTranslate2 float32": (ctranslate2, "float32"),
+    "CTranslate2 int8": (ctranslate2, "int8"),
+}
+
+
+def main() -> None:
+    name, folder, texts_file, threads = sys.argv[1:]
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print must not mix with the answers
+    make, dtype = PEERS[name]
+    texts = json.loads(Path(texts_file).read_text())
+    encode = make(dtype, Path(folder), int(threads))
+    encode(texts[:64])
+    print("ready", file=answers, flush=True)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        vectors = encode(texts)
+        seconds = time.perf_counter() - start
+        first = np.asarray(vectors[0][:3], dtype=float).tolist()
+        rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+        print(json.dumps({"seconds": seconds, "rss": rss, "first": first}), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
