@@ -9,6 +9,7 @@ same arithmetic, measured in the same rounds.
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -120,9 +121,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=available_cores())
     parser.add_argument("--write", action="store_true", help="put the tables into docs/performance.md")
     options = parser.parse_args()
-    lines = [f"`python -m benchmarks.encode --rounds {options.rounds}`, {options.threads} threads, {describe_machine()}."]
-    with tempfile.TemporaryDirectory() as scratch:
-        for model in options.models:
+    command = f"`{' '.join(['python -m benchmarks.encode', *map(shlex.quote, sys.argv[1:])])}`"
+    for model in options.models:
+        lines = [f"{command}, {options.threads} threads, {describe_machine()}."]
+        with tempfile.TemporaryDirectory() as scratch:
             folder = model_folder(model, Path(scratch))
             for name in options.workloads:
                 workload = make_workload(name, COUNTS[model][name], folder)
@@ -130,8 +132,8 @@ def main() -> None:
                 title = f"**{model}, {name}** ({len(workload.texts)} texts, {workload.lengths.mean():.0f} tokens on average)"
                 lines += ["", title, "", HEADER, *rows]
                 print("\n".join([title, *rows]), flush=True)
-    if options.write:
-        write_section("encode", "\n".join(lines))
+        if options.write:
+            write_section(f"encode-{model}", "\n".join(lines))
 
 
 if __name__ == "__main__":
