@@ -133,7 +133,8 @@ async def _embed_all(service: Any, texts: list[str], options: Mapping[str, Any])
 def _read_texts(file: Path) -> list[str]:
     """The texts of a file: one per line, or in .jsonl a string or an object with "text" per line."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        with file.open(encoding="utf-8") as opened:  # str.splitlines would also break at U+2028, which texts hold
+            lines = [line.rstrip("\n") for line in opened]
     except (OSError, UnicodeDecodeError) as error:
         raise Failure(f"{file} can't be read ({error}); wanted a UTF-8 file with one text per line") from None
     texts = [_text_of(line, number, file) for number, line in enumerate(lines, 1)] if file.suffix == ".jsonl" else lines

@@ -146,11 +146,10 @@ class Engine:
         self._transport = transport
         transport.writelines(dump(asdict(self._options)))
         hello = await self._hello
-        if hello is None or "failed" in hello.head:
+        reason = hello.head.get("failed") if hello else None
+        if hello is None or reason or self._transport is not transport:  # the last: it died as it said hello
             code = await self._reap()
-            raise EngineError(
-                hello.head["failed"] if hello else f"the engine process ended with exit code {code} while it started"
-            )
+            raise EngineError(reason or f"the engine process ended with exit code {code} while it started")
         self.facts = hello.head
         self.state = State.READY
         self.on_change()

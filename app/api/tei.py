@@ -139,7 +139,7 @@ async def similarity(request: SimilarityRequest, service: ServiceOf) -> Response
     """One text against many: a list of scores. Many against many (`a`, `b`): the whole matrix."""
     parameters = request.parameters or SimilarityParameters()
     metric = parameters.metric or "cosine"
-    options = Embedding(**parameters.encoding(), pooling=parameters.pooling, normalize=metric == "cosine")
+    options = Embedding(**parameters.encoding(), pooling=parameters.pooling, normalize=False)  # the metric does it
     if isinstance(request.inputs, OneToMany):
         source, sentences = [request.inputs.source_sentence], request.inputs.sentences
         scores, stats = await service.similarity(source, sentences, options, metric)

@@ -116,6 +116,21 @@ async def test_a_process_that_cannot_start_says_why(flag, message):
     await engine.stop()
 
 
+async def test_a_process_that_dies_as_it_says_hello_is_not_taken_for_ready():
+    engine = fake_engine()
+    on_frame = engine._on_frame
+
+    def hello_and_gone(frame) -> None:
+        on_frame(frame)
+        engine._on_lost(engine._transport)
+
+    engine._on_frame = hello_and_gone
+    with pytest.raises(EngineError, match="while it started"):
+        await engine.start()
+    assert not engine.free
+    await engine.stop()
+
+
 async def test_stop_leaves_no_process_and_no_waiter(engine):
     pid = engine._process.pid
     answer = engine.run("mean", rows([1] * 1000))

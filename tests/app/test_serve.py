@@ -172,7 +172,7 @@ def test_info_prints_what_would_be_served(make_checkpoint):
 def test_embed_writes_what_the_server_answers(server, tmp_path):
     from safetensors.numpy import load_file
 
-    texts = [f"text number {n} " * (n % 10 + 1) for n in range(700)]
+    texts = [f"text\u2028number\x0b{n} " * (n % 10 + 1) for n in range(700)]
     (tmp_path / "texts.txt").write_text("\n".join(texts) + "\n")
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": t} if n % 2 else t) + "\n" for n, t in enumerate(texts)))
     wanted = np.array(server.post("/embed", inputs=texts).json(), dtype=np.float32)
@@ -183,7 +183,7 @@ def test_embed_writes_what_the_server_answers(server, tmp_path):
     assert "were longer" not in done.stderr
 
     assert run_bertd("embed", tmp_path / "texts.jsonl", "-o", tmp_path / "out.jsonl", "--dimensions", 8).returncode == 0
-    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().split("\n")[:-1]]
     assert [line["text"] for line in lines] == texts
     short = wanted[:, :8] / np.linalg.norm(wanted[:, :8], axis=1, keepdims=True)
     np.testing.assert_allclose([line["embedding"] for line in lines], short, rtol=0, atol=1e-5)
