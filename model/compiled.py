@@ -15,9 +15,10 @@ from model.batch import Batch
 from model.bert import AddNorm, Bert
 from model.config import BertConfig
 
-_LANES = 16  # numbers in a vector; sizes must be multiples of it
+LANES = 16  # numbers in a vector; sizes must be multiples of it
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
-SUPPORT = {torch.float32: 1, torch.bfloat16: 2}  # bits of what kernels_supported() and int8_supported() return
+FEATURES = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}  # bits of what features() returns
+HAS_AMX = 8
 
 
 @cache
@@ -27,12 +28,13 @@ def library() -> ctypes.CDLL | None:
     if spec is None or spec.origin is None:
         return None
     found = ctypes.CDLL(spec.origin)
-    if not found.kernels_supported():
+    if not found.features():
         return None
     pointer, size = ctypes.c_void_p, ctypes.c_long
     for suffix in SUFFIX.values():
         getattr(found, f"attend_{suffix}").argtypes = [pointer] * 4 + [size] * 3 + [pointer] * 2 + [size] * 3
         getattr(found, f"add_layer_norm_{suffix}").argtypes = [pointer] * 5 + [size] * 2 + [ctypes.c_float]
+        getattr(found, f"linear_{suffix}").argtypes = [pointer] * 4 + [size] * 3 + [ctypes.c_int]
         getattr(found, f"linear_int8_{suffix}").argtypes = [pointer] * 6 + [size] * 3 + [ctypes.c_int, pointer]
     found.pack_int8.argtypes = [pointer] * 4 + [size] * 2
     for name in ("int8_packed_size", "int8_workspace_size"):
@@ -42,9 +44,20 @@ def library() -> ctypes.CDLL | None:
 
 def runs(config: BertConfig, dtype: torch.dtype) -> bool:
     """Whether the compiled kernels are there, this processor has their instructions, and the sizes fit them."""
+    fit = all(size % LANES == 0 for size in (config.head_size, config.hidden_size, config.intermediate_size))
+    return fit and has(dtype)
+
+
+def has(dtype: torch.dtype) -> bool:
+    """Whether the kernels are there and the processor has their instructions for `dtype`."""
     found = library()
-    fit = config.head_size % _LANES == 0 and config.hidden_size % _LANES == 0
-    return found is not None and fit and bool(found.kernels_supported() & SUPPORT.get(dtype, 0))
+    return found is not None and bool(found.features() & FEATURES.get(dtype, 0))
+
+
+def has_amx() -> bool:
+    """Whether the processor has a matrix unit for bfloat16, which oneDNN uses and these kernels do not."""
+    found = library()
+    return found is not None and bool(found.features() & HAS_AMX)
 
 
 def attend_compiled(q: Tensor, k: Tensor, v: Tensor, batch: Batch, heads: int) -> Tensor:

@@ -13,7 +13,15 @@ from model.batch import Batch, by_length, pack
 from model.config import BertConfig, PoolingMode
 from model.encoder import Encoder
 from model.errors import UnsupportedModel
-from model.linear import int8_runs, packing_works, quantize_linears, replace_linears
+from model.linear import (
+    CompiledLinear,
+    Int8Linear,
+    compiled_is_best,
+    int8_runs,
+    packing_works,
+    replace_linears,
+    replace_linears_by,
+)
 from model.tokens import Tokens
 from model.vectors import FloatArray
 
@@ -34,11 +42,14 @@ class CpuRunner:
         config = encoder.config.bert
         between = _between(config, dtype)
         if dtype == torch.int8:
-            quantize_linears(encoder.bert)  # from the float32 weights
+            replace_linears_by(Int8Linear, encoder.bert)  # from the float32 weights
         encoder.bert.to(between)  # what stands on it is small and stays in float32
         self._rounds = False
         if dtype == torch.int8:
             linear = f"int8 VNNI linear, {str(between).removeprefix('torch.')} between"
+        elif compiled_is_best(config, dtype):
+            replace_linears_by(CompiledLinear, encoder.bert)
+            linear = "AVX-512 linear"
         elif packing_works(dtype):
             replace_linears(encoder.bert)
             self._rounds = True

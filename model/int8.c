@@ -5,61 +5,22 @@
  * row's numbers and 0, so that no bit is lost on a lopsided row, such as the outputs of a GELU.
  *
  * A row's result depends on this row alone: its sums are integers, hence exact in any order, and the few operations in
- * floating point around them are the same wherever the row lies in the batch and whichever thread computes it.
- *
- * The file is compiled for the baseline processor and for AVX-512 by a pragma, so a caller asks int8_supported()
- * first. It uses OpenMP, but is linked without an OpenMP library: the symbols come from the one that torch has
- * loaded, so that both share one pool of threads. */
-
-#include <stdbool.h>
-#include <stddef.h>
-#include <stdint.h>
-
-enum { FLOAT32_RUNS = 1, BFLOAT16_RUNS = 2 };
-
-/* For which x and y this processor can run linear_int8: a sum of FLOAT32_RUNS and BFLOAT16_RUNS. */
-int int8_supported(void)
-{
-#ifdef __x86_64__
-    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
-        !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl") ||
-        !__builtin_cpu_supports("avx512vnni"))
-        return 0;
-    return __builtin_cpu_supports("avx512bf16") ? FLOAT32_RUNS + BFLOAT16_RUNS : FLOAT32_RUNS;
-#else
-    return 0;
-#endif
-}
+ * floating point around them are the same wherever the row lies in the batch and whichever thread computes it. */
 
 #ifdef __x86_64__
+#include "vectors.h"
 
-/* The float32 functions contain no bfloat16 instruction; the compiler only has to know of them. */
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,fma,prefer-vector-width=512")
 #include <float.h>
-#include <immintrin.h>
 #include <math.h>
-#include <omp.h>
-
-#define INLINE static inline __attribute__((always_inline))
-
-typedef int32_t __attribute__((may_alias)) word; /* four bytes along the summed dimension */
 
 enum {
-    LANES = 16,            /* words in a vector, output channels in a panel */
-    WORD = 4,              /* bytes in a word */
-    LINE = 64,             /* bytes in a cache line */
+    WORD = 4,              /* bytes in a word, of which a panel has 16 side by side */
     MOST_IN = 1 << 16,     /* no sum of as many products of a byte and a weight overflows */
     TILE_ROWS = 12,        /* rows whose sums are in registers at once, in two panels */
     ROW_BLOCK = 96,        /* rows in one task */
     TASKS = 4,             /* tasks for each thread, lest one wait long for another */
     SERIAL_WORK = 1 << 19, /* multiply-adds that one thread finishes sooner than several */
 };
-
-typedef enum { WORK_OK = 0, BAD_SHAPE = -1 } status;
-typedef enum { NO_ACTIVATION = 0, GELU = 1, RELU = 2 } activation;
-
-INLINE long at_most(long a, long b) { return a < b ? a : b; }
-INLINE long blocks_of(long count, long size) { return (count + size - 1) / size; }
 
 /* How a row of x is quantised: a byte b stands for (b - zero) * scale. */
 typedef struct {
@@ -119,27 +80,16 @@ int pack_int8(const float *weight, int8_t *packed, float *scales, int32_t *sums,
     return WORK_OK;
 }
 
-/* Sixteen numbers as floats, or `count` of them and zeros; `index` counts numbers, not bytes. The branch is cheaper
- * than a mask for every vector. */
-INLINE __m512 load_numbers(const void *from, long index, long count, bool bf16)
+/* Sixteen numbers as floats, or `count` of them and zeros. The branch is cheaper than a mask for every vector. */
+INLINE __m512 load_some(const void *from, long index, long count, bool bf16)
 {
-    const __mmask16 present = (1u << at_most(count, LANES)) - 1;
-    if (!bf16) {
-        const float *numbers = (const float *)from + index;
-        return count < LANES ? _mm512_maskz_loadu_ps(present, numbers) : _mm512_loadu_ps(numbers);
-    }
-    const __m256i *numbers = (const __m256i *)((const uint16_t *)from + index);
-    const __m256i halves = count < LANES ? _mm256_maskz_loadu_epi16(present, numbers) : _mm256_loadu_si256(numbers);
+    if (count >= LANES)
+        return load_numbers(from, index, bf16);
+    const __mmask16 present = (1u << count) - 1;
+    if (!bf16)
+        return _mm512_maskz_loadu_ps(present, (const float *)from + index);
+    const __m256i halves = _mm256_maskz_loadu_epi16(present, (const uint16_t *)from + index);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
-}
-
-/* Stores sixteen floats, rounded to bfloat16 if bf16. */
-INLINE void store_numbers(void *to, long index, __m512 numbers, bool bf16)
-{
-    if (bf16)
-        _mm256_storeu_si256((__m256i *)((uint16_t *)to + index), (__m256i)_mm512_cvtneps_pbh(numbers));
-    else
-        _mm512_storeu_ps((float *)to + index, numbers);
 }
 
 /* Quantises the row of x [in] that begins with number `first`. An infinity or NaN in it makes the scale NaN, and so all
@@ -148,7 +98,7 @@ INLINE void quantise_row(const void *x, long first, long in, uint8_t *bytes, qua
 {
     __m512 low = _mm512_setzero_ps(), high = low, flaw = low;
     for (long i = 0; i < in; i += LANES) {
-        const __m512 numbers = load_numbers(x, first + i, in - i, bf16);
+        const __m512 numbers = load_some(x, first + i, in - i, bf16);
         low = _mm512_min_ps(low, numbers);
         high = _mm512_max_ps(high, numbers);
         flaw = _mm512_or_ps(flaw, _mm512_sub_ps(numbers, numbers)); /* 0 or NaN */
@@ -160,7 +110,7 @@ INLINE void quantise_row(const void *x, long first, long in, uint8_t *bytes, qua
     const __m512i zero = _mm512_cvtps_epi32(_mm512_set1_ps(-least * inverse));
     *result = (quantisation){ scale, _mm512_cvtsi512_si32(zero) };
     for (long i = 0; i < in; i += LANES) {
-        const __m512 numbers = load_numbers(x, first + i, in - i, bf16);
+        const __m512 numbers = load_some(x, first + i, in - i, bf16);
         const __m512i steps = _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(numbers, factor)), zero);
         _mm_storeu_si128((__m128i *)(bytes + i), _mm512_cvtusepi32_epi8(steps));
     }
@@ -213,32 +163,6 @@ __attribute__((noinline)) static void multiply_tile(int rows, const uint8_t *x, 
     }
 }
 
-/* GELU of 16 numbers to 4e-7: x Phi(x) = max(x, 0) - |x| Phi(-|x|). The second term is a polynomial of degree 4 on
- * each of 16 intervals, whose middles are 1 / 2.75 apart; it ends as 0 at the last middle, and NaN remains NaN. */
-INLINE __m512 gelu(__m512 x)
-{
-    static const float terms[5][LANES] __attribute__((aligned(LINE))) = {
-        { 0.00113963, 0.00083513, 0.00013077, -0.00046050, -0.00063387, -0.00045579, -0.00018070, 0.00000523,
-          0.00006816, 0.00005984, 0.00003385, 0.00001458, 0.00000506, 0.00000145, 0.00000035, -0.00026986 },
-        { 0.00001298, 0.00417193, 0.00614962, 0.00538021, 0.00304492, 0.00078976, -0.00047522, -0.00078303,
-          -0.00060219, -0.00033312, -0.00014572, -0.00005235, -0.00001575, -0.00000401, -0.00000087, -0.00027030 },
-        { -0.05275515, -0.04611238, -0.02978502, -0.01178313, 0.00105900, 0.00659530, 0.00673743, 0.00462891,
-          0.00247731, 0.00108510, 0.00039806, 0.00012386, 0.00003295, 0.00000753, 0.00000148, -0.00008427 },
-        { 0.18181832, 0.08082997, 0.00393479, -0.03722718, -0.04675511, -0.03795844, -0.02399480, -0.01248297,
-          -0.00547381, -0.00204846, -0.00065900, -0.00018309, -0.00004407, -0.00000921, -0.00000167, -0.00000874 },
-        { 0, 0.13020536, 0.16983961, 0.15017068, 0.10603284, 0.06276032, 0.03177049, 0.01388998,
-          0.00527246, 0.00174298, 0.00050275, 0.00012669, 0.00002791, 0.00000538, 0.00000091, 0 },
-    };
-    const __m512 place = _mm512_range_ps(_mm512_mul_ps(x, _mm512_set1_ps(2.75f)), _mm512_set1_ps(LANES - 1), 10);
-    const __m512 to_integer = _mm512_set1_ps(0x1.8p23f), shifted = _mm512_add_ps(place, to_integer);
-    const __m512 offset = _mm512_sub_ps(place, _mm512_sub_ps(shifted, to_integer));
-    __m512 tail = _mm512_permutexvar_ps((__m512i)shifted, _mm512_load_ps(terms[0]));
-#pragma GCC unroll 4
-    for (int i = 1; i < 5; i++)
-        tail = _mm512_fmadd_ps(tail, offset, _mm512_permutexvar_ps((__m512i)shifted, _mm512_load_ps(terms[i])));
-    return _mm512_sub_ps(_mm512_max_ps(_mm512_setzero_ps(), x), tail);
-}
-
 /* y = activation((sums - zero * channel sums) * row scale * channel scale + bias) for `rows` rows of the sums of
  * multiply_tile and 16 or 32 columns. */
 INLINE void finish_tile(const layer *l, long row, int rows, long column, const int32_t *sums)
@@ -253,11 +177,7 @@ INLINE void finish_tile(const layer *l, long row, int rows, long column, const i
             const __m512i zeros = _mm512_mullo_epi32(_mm512_set1_epi32(q.zero), channel_sums);
             const __m512i sum = _mm512_sub_epi32(_mm512_loadu_si512(sums + r * 2 * LANES), zeros);
             const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(q.scale));
-            __m512 y = _mm512_fmadd_ps(scaled, scales, bias);
-            if (act == GELU)
-                y = gelu(y);
-            if (act == RELU)
-                y = _mm512_max_ps(_mm512_setzero_ps(), y); /* the second one if either is NaN */
+            const __m512 y = activate(_mm512_fmadd_ps(scaled, scales, bias), act);
             store_numbers(l->y, (row + r) * l->out + column, y, bf16);
         }
     }

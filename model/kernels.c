@@ -6,46 +6,15 @@
  * never by the rest of the batch or by the number of threads.
  *
  * One code serves float32 and bfloat16, because both products of attention work on 32-bit words: a word
- * is one float, or two bfloat16 neighbours along the summed dimension, which is what VDPBF16PS multiplies.
- * `bf16` is a constant wherever these functions are inlined.
- *
- * The file is compiled for the baseline processor and for AVX-512 by a pragma, so a caller asks
- * kernels_supported() first. It uses OpenMP, but is linked without an OpenMP library: the symbols come
- * from the one that torch has loaded, so that both share one pool of threads. */
-
-#include <stdbool.h>
-#include <stddef.h>
-#include <stdint.h>
-
-enum { FLOAT32_RUNS = 1, BFLOAT16_RUNS = 2 };
-
-/* Which kernels this processor can run: a sum of FLOAT32_RUNS and BFLOAT16_RUNS. */
-int kernels_supported(void)
-{
-#ifdef __x86_64__
-    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
-        !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
-        return 0;
-    return __builtin_cpu_supports("avx512bf16") ? FLOAT32_RUNS + BFLOAT16_RUNS : FLOAT32_RUNS;
-#else
-    return 0;
-#endif
-}
+ * is one float, or two bfloat16 neighbours along the summed dimension, which is what VDPBF16PS multiplies. */
 
 #ifdef __x86_64__
+#include "vectors.h"
 
-/* The float32 kernels contain no bfloat16 instruction; the compiler only has to know of them. */
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,prefer-vector-width=512")
-#include <immintrin.h>
 #include <math.h>
 #include <stdlib.h>
 
-#define INLINE static inline __attribute__((always_inline))
-
-typedef uint32_t __attribute__((may_alias)) word; /* one float or two bfloat16 */
-
 enum {
-    LANES = 16,               /* words in a vector, columns in a panel */
     TILE_ROWS = 8,            /* query rows whose sums are in registers at once */
     QUERY_BLOCK = 128,        /* query rows in one task */
     PACKING = 8,              /* copying a key and its value into panels costs about as much as 8 queries of it */
@@ -53,28 +22,6 @@ enum {
     SERIAL_WORK = 1 << 18,    /* multiply-adds of either product that one thread finishes sooner than several */
     SERIAL_NUMBERS = 1 << 14, /* size of a matrix that one thread normalises sooner than several */
 };
-
-typedef enum { WORK_OK = 0, BAD_SHAPE = -1, OUT_OF_MEMORY = -2 } status;
-
-INLINE long at_most(long a, long b) { return a < b ? a : b; }
-INLINE long blocks_of(long count, long size) { return (count + size - 1) / size; }
-
-/* Sixteen numbers as floats; `index` counts numbers, not bytes. */
-INLINE __m512 load_numbers(const void *from, long index, bool bf16)
-{
-    if (!bf16)
-        return _mm512_loadu_ps((const float *)from + index);
-    __m256i halves = _mm256_loadu_si256((const __m256i *)((const uint16_t *)from + index));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
-}
-
-INLINE void store_numbers(void *to, long index, __m512 numbers, bool bf16)
-{
-    if (bf16)
-        _mm256_storeu_si256((__m256i *)((uint16_t *)to + index), (__m256i)_mm512_cvtneps_pbh(numbers));
-    else
-        _mm512_storeu_ps((float *)to + index, numbers);
-}
 
 /* 2^x to 1.5e-7 of itself, 1 at 0, 0 at -inf, NaN at NaN. A polynomial takes the fraction of x, and
  * VSCALEF adds the integer part to the exponent. */
@@ -88,12 +35,6 @@ INLINE __m512 exp2_vector(__m512 x)
     power = _mm512_fmadd_ps(power, fraction, _mm512_set1_ps(6.931512952e-01f));
     power = _mm512_fmadd_ps(power, fraction, _mm512_set1_ps(1.0f));
     return _mm512_scalef_ps(power, x);
-}
-
-/* sum + a * b in each of 16 columns; of bfloat16 pairs, both products. */
-INLINE __m512 multiply_add(__m512i a, __m512i b, __m512 sum, bool bf16)
-{
-    return bf16 ? _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b) : _mm512_fmadd_ps((__m512)a, (__m512)b, sum);
 }
 
 /* Transposes 16 x 16 words in registers: at each step, 2 x 2 blocks of `half` words swap across. */

@@ -12,7 +12,7 @@ from model.config import BertConfig
 
 _PACKED_FOR_ROWS = 1024  # the batch that oneDNN lays the weights out for; others run on the same layout
 
-# Activations that a product applies while it is still in registers: oneDNN's name and algorithm, the number in int8.c.
+# Activations that a product applies while it is at hand: oneDNN's name and algorithm, the number in vectors.h.
 _NONE = ("none", "", 0)
 _FUSED = {
     ACTIVATIONS["gelu"]: ("gelu", "none", 1),
@@ -34,6 +34,33 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, self.name, [], self.algorithm)
         return y
+
+
+class CompiledLinear(nn.Module):
+    """x Wᵀ + b by linear.c, with W laid out beforehand in panels and an activation fused: [T, in] -> [T, out].
+
+    A row's result is bit-equal in any batch, and on any number of threads.
+    """
+
+    def __init__(self, linear: nn.Module, activation: int = 0) -> None:
+        super().__init__()
+        assert isinstance(linear, nn.Linear)
+        weight = linear.weight.detach().contiguous()
+        self.columns, self.activation = len(weight), activation
+        self.panels = _panels(weight.view(torch.int32))
+        self.bias = linear.bias.detach().float()  # no Parameter: it stays in float32 whatever the module moves to
+        self._linear = getattr(compiled.library(), f"linear_{compiled.SUFFIX[weight.dtype]}")
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.empty(len(x), self.columns, dtype=x.dtype)
+        pointers = (x.data_ptr(), self.panels.data_ptr(), self.bias.data_ptr(), y.data_ptr())
+        compiled.check(self._linear(*pointers, *x.shape, self.columns, self.activation))
+        return y
+
+
+def _panels(words: Tensor) -> Tensor:
+    """[out, depth] -> [out / 16, depth, 16]: what linear.c reads in one sweep."""
+    return words.view(-1, compiled.LANES, words.shape[1]).transpose(1, 2).contiguous()
 
 
 class Int8Linear(nn.Module):
@@ -68,12 +95,14 @@ class Int8Linear(nn.Module):
         return y
 
 
+def compiled_is_best(config: BertConfig, dtype: torch.dtype) -> bool:
+    """Whether linear.c runs here, and oneDNN has no matrix unit that it lacks."""
+    return compiled.runs(config, dtype) and not (dtype == torch.bfloat16 and compiled.has_amx())
+
+
 def int8_runs(config: BertConfig, dtype: torch.dtype) -> bool:
     """Whether int8.c was built, this processor has its instructions for activations of `dtype`, and the sizes fit."""
-    if not compiled.runs(config, dtype) or config.intermediate_size % 16:
-        return False
-    library = compiled.library()
-    return library is not None and bool(library.int8_supported() & compiled.SUPPORT[dtype])
+    return compiled.runs(config, dtype) and compiled.has(torch.int8)
 
 
 def packing_works(dtype: torch.dtype) -> bool:
@@ -89,18 +118,18 @@ def packing_works(dtype: torch.dtype) -> bool:
 
 
 def replace_linears(bert: Bert) -> None:
-    """Swap every linear layer of the encoder's layers for a packed one; an activation moves into the first of two."""
+    """Swap every linear layer of the encoder's layers for one of oneDNN; an activation moves into the first of two."""
     for layer in bert.layers:
         name, algorithm, _ = _take_activation(layer.feed_forward, _FUSED)
         _swap(layer, PackedLinear, PackedLinear(layer.feed_forward.up, name, algorithm))
 
 
-def quantize_linears(bert: Bert) -> None:
-    """Swap every linear layer of the encoder's layers for one in int8; an activation that int8.c knows moves into it."""
+def replace_linears_by(kind: type[CompiledLinear] | type[Int8Linear], bert: Bert) -> None:
+    """Swap every linear layer of the encoder's layers for one of ours; an activation that it knows moves into it."""
     known = {function: fused for function, fused in _FUSED.items() if fused[2] is not None}
     for layer in bert.layers:
         _, _, number = _take_activation(layer.feed_forward, known)
-        _swap(layer, Int8Linear, Int8Linear(layer.feed_forward.up, number or 0))
+        _swap(layer, kind, kind(layer.feed_forward.up, number or 0))
 
 
 Fused = tuple[str, str, int | None]

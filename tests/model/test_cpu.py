@@ -13,6 +13,7 @@ from reference import lively_bert, random_rows
 from model.config import POOLING_MODES, ModelConfig
 from model.cpu import CpuRunner
 from model.encoder import Encoder
+from model.linear import compiled_is_best
 from model.tokenizer import Tokenizer
 from model.tokens import Tokens
 
@@ -95,6 +96,18 @@ def test_vectors_are_the_pooled_rows(runner: CpuRunner) -> None:
     assert np.array_equal(runner(rows, "last"), np.stack([h[-1] for h in hidden]))
     assert np.array_equal(runner(rows, "max"), np.stack([h.max(axis=0) for h in hidden]))
     np.testing.assert_allclose(runner(rows, "mean"), np.stack([h.mean(axis=0) for h in hidden]), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_to_the_last_bit_on_our_own_kernels(minilm: Path, dtype: torch.dtype) -> None:
+    """Pooling apart, no sum depends on what else is in the batch."""
+    encoder = Encoder.from_folder(minilm)
+    if not compiled_is_best(encoder.config.bert, dtype):
+        pytest.skip("no compiler built the kernels, or the processor lacks their instructions")
+    runner = CpuRunner(encoder, dtype)
+    rows = random_rows((256, 7, 33, 1, 100, 2, 33))
+    for row, hidden in zip(rows, runner.hidden(rows), strict=True):
+        assert np.array_equal(hidden, runner.hidden([row])[0])
 
 
 def test_minilm_alone_and_batched(minilm: Path) -> None:

@@ -1,4 +1,4 @@
-"""Packed linear layers give what plain ones give, with the activation inside or behind."""
+"""Our linear layers and oneDNN's give what plain ones give, with the activation inside or behind."""
 
 import copy
 
@@ -7,12 +7,17 @@ import torch
 from torch import nn
 
 from model.bert import ACTIVATIONS, Bert
+from model.compiled import has
 from model.config import BertConfig
-from model.linear import PackedLinear, packing_works, replace_linears
+from model.linear import CompiledLinear, PackedLinear, packing_works, replace_linears, replace_linears_by
 
-pytestmark = pytest.mark.skipif(not packing_works(torch.float32), reason="this torch has no oneDNN")
+needs_onednn = pytest.mark.skipif(not packing_works(torch.float32), reason="this torch has no oneDNN")
+needs_kernels = pytest.mark.skipif(not has(torch.float32), reason="no compiler built the kernels, or there is no AVX-512")
+needs_bfloat16 = pytest.mark.skipif(not has(torch.bfloat16), reason="the processor has no bfloat16 arithmetic")
+DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=needs_bfloat16)]
 
 
+@needs_onednn
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("width", "out", "rows"), [(32, 48, 1), (32, 96, 5), (17, 3, 40), (384, 1152, 2000), (1, 1, 1)])
 def test_equals_the_plain_layer(width: int, out: int, rows: int, bias: bool) -> None:
@@ -22,14 +27,63 @@ def test_equals_the_plain_layer(width: int, out: int, rows: int, bias: bool) -> 
         torch.testing.assert_close(PackedLinear(linear)(x), linear(x), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("kind", "replace"),
+    [
+        pytest.param(PackedLinear, replace_linears, marks=needs_onednn),
+        pytest.param(CompiledLinear, lambda bert: replace_linears_by(CompiledLinear, bert), marks=needs_kernels),
+    ],
+)
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_every_activation_stays_exact(name) -> None:
+def test_every_activation_stays_exact(name, kind, replace) -> None:
     torch.manual_seed(0)
     plain = Bert(BertConfig(8, 32, 2, 4, 64, name)).layers[0].feed_forward
     bert = Bert(BertConfig(8, 32, 1, 4, 64, name))
     bert.layers[0].feed_forward = copy.deepcopy(plain)
     x = torch.randn(50, 32) * 3
     with torch.inference_mode():
-        replace_linears(bert)
-        assert isinstance(bert.layers[0].feed_forward.up, PackedLinear)
+        replace(bert)
+        assert isinstance(bert.layers[0].feed_forward.up, kind)
         torch.testing.assert_close(bert.layers[0].feed_forward(x), plain(x), rtol=0, atol=1e-5)
+
+
+def random_linear(width: int, out: int, dtype: torch.dtype) -> tuple[nn.Linear, torch.Tensor]:
+    torch.manual_seed(0)
+    return nn.Linear(width, out, dtype=dtype).requires_grad_(False), torch.randn(500, width).to(dtype)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("width", "out"), [(2, 16), (34, 48), (384, 1152), (1536, 384), (3072, 768)])
+@pytest.mark.parametrize("rows", [0, 1, 2, 13, 97, 500])
+def test_the_compiled_product_is_the_exact_one(rows: int, width: int, out: int, dtype: torch.dtype) -> None:
+    linear, x = random_linear(width, out, dtype)
+    wanted = x[:rows].double() @ linear.weight.double().T + linear.bias.double()
+    near = 3e-6 if dtype == torch.float32 else 0.02  # a bfloat16 is rounded to 1/256 of itself
+    y = CompiledLinear(linear)(x[:rows])
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.double(), wanted, rtol=near, atol=near)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_is_bit_equal_in_any_batch_on_any_threads(dtype: torch.dtype) -> None:
+    linear, x = random_linear(768, 96, dtype)
+    layer, threads = CompiledLinear(linear, 1), torch.get_num_threads()
+    together = layer(x)
+    try:
+        for rows, count in ((slice(0, 1), 1), (slice(499, 500), 2), (slice(7, 20), 3), (slice(100, 400), 1)):
+            torch.set_num_threads(count)
+            assert torch.equal(layer(x[rows]), together[rows])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_kernels
+def test_a_number_that_is_none_stays_in_its_row() -> None:
+    linear, x = random_linear(64, 32, torch.float32)
+    before = CompiledLinear(linear, 1)(x)
+    x[3, 5] = float("nan")
+    after = CompiledLinear(linear, 1)(x)
+    assert after[3].isnan().all()
+    assert torch.equal(after[4:], before[4:])
