@@ -60,7 +60,7 @@ class EngineOptions:
 
 
 class EngineDied(Exception):
-    """The process is gone. `running` tells the batch that it was working on from one that waited in the pipe."""
+    """The process is gone. `running` tells a batch that it was working on from one that waited in the pipe."""
 
     def __init__(self, running: bool) -> None:
         super().__init__("the engine process died")
@@ -78,24 +78,34 @@ class Engine:
         self.state = State.STOPPED
         self.facts: dict[str, Any] = {}
         self.restarts = 0
-        self.on_change: Callable[[], None] = lambda: None  # called whenever `free` or `state` may have changed
+        self.on_change: Callable[[], None] = lambda: None  # called whenever `room` or `state` may have changed
         self._options = options
         self._command = command
         self._process: subprocess.Popen[bytes] | None = None
         self._transport: asyncio.Transport | None = None
         self._hello: asyncio.Future[Frame | None] | None = None
         self._waiting: dict[int, asyncio.Future[Results]] = {}
-        self._ending = False  # whether the batch that runs has come to its last layer
+        self._ending: set[int] = set()  # those of them that have come to their last layer
         self._numbers = itertools.count()
         self._restarting: asyncio.Task[None] | None = None
 
     @property
-    def free(self) -> bool:
-        """Whether a batch can be taken now: none is out, or the one that is out has come to its last layer.
+    def lanes(self) -> int:
+        """Batches that the process runs at once."""
+        return int(self.facts.get("lanes", 1))
+
+    @property
+    def busy(self) -> bool:
+        """Whether a batch is out."""
+        return bool(self._waiting)
+
+    @property
+    def room(self) -> int:
+        """Batches that can be taken now: one for each lane where none is out, or one that has come to its last layer.
 
         So the next one waits in the pipe when it is needed, and is formed as late, and as large, as it can be.
         """
-        return self.state is State.READY and len(self._waiting) < (2 if self._ending else 1)
+        return max(0, self.lanes - len(self._waiting) + len(self._ending)) if self.state is State.READY else 0
 
     async def start(self) -> None:
         """Start the process and wait until it is ready. Raises EngineError that says why it can't be."""
@@ -106,9 +116,10 @@ class Engine:
             self.state = State.FAILED
             raise
 
-    def run(self, task: str, rows: Sequence[Tokens]) -> "asyncio.Future[Results]":
-        """Hand over a batch; only while `free`. The task is a pooling, or "hidden" for matrices.
+    def run(self, task: str, rows: Sequence[Tokens], alone: bool = False) -> "asyncio.Future[Results]":
+        """Hand over a batch; only while there is `room`. The task is a pooling, or "hidden" for matrices.
 
+        A batch that is to be `alone` gets the threads of all lanes.
         The future raises EngineDied when the process goes away first, BatchFailed when it could not do this batch.
         """
         assert self._transport is not None
@@ -117,7 +128,7 @@ class Engine:
         lengths = np.array([len(row) for row in rows], dtype=np.int32)
         ids = np.concatenate([row.ids for row in rows])
         types = np.concatenate([row.types for row in rows])
-        self._transport.writelines(dump({"number": number, "task": task}, [lengths, ids, types]))
+        self._transport.writelines(dump({"number": number, "task": task, "alone": alone}, [lengths, ids, types]))
         return answer
 
     async def stop(self) -> None:
@@ -158,11 +169,13 @@ class Engine:
         if self._hello is not None and not self._hello.done():
             self._hello.set_result(frame)
             return
-        self._ending = "ending" in frame.head
-        if self._ending:
+        number = frame.head["number"]
+        if "ending" in frame.head:
+            self._ending.add(number)
             self.on_change()
             return
-        answer = self._waiting.pop(frame.head["number"], None)
+        self._ending.discard(number)
+        answer = self._waiting.pop(number, None)
         if answer is not None and not answer.done():
             if "error" in frame.head:
                 answer.set_exception(BatchFailed(frame.head["error"]))
@@ -176,11 +189,11 @@ class Engine:
         self._transport = None
         if self._hello is not None and not self._hello.done():
             self._hello.set_result(None)
-        self._ending = False
+        self._ending.clear()
         waiting, self._waiting = self._waiting, {}
-        for place, answer in enumerate(waiting.values()):
+        for place, answer in enumerate(waiting.values()):  # the lanes take them in order
             if not answer.done():
-                answer.set_exception(EngineDied(running=place == 0))
+                answer.set_exception(EngineDied(running=place < self.lanes))
         if self.state is State.READY:
             log.error("engine process died; starting another")
             self.state = State.STARTING

@@ -23,7 +23,8 @@ log = logging.getLogger("bertd.scheduler")
 
 _DEATHS = 2  # a row that was aboard this many deaths is never tried again
 _QUEUE_SECONDS = 2.0  # of work that may wait where no number of tokens is set
-_RATE_WEIGHT = 0.1  # of the newest batch in the running mean of tokens per second
+_RATE_WEIGHT = 0.1  # of the newest batch in the running means behind the rate
+_LEAST_SHARE = 64  # tokens that are not shared out among lanes: all threads together are as fast with them
 
 Outcome = FloatArray | ServiceError
 
@@ -75,11 +76,13 @@ class Scheduler:
         self._turns: deque[Job] = deque()  # jobs that have rows waiting
         self._retries: deque[list[Row]] = deque()  # batches that go again as they are, before anything else
         self._jobs: set[Job] = set()
-        self._ended: dict[Engine, float] = {}
+        self._since: dict[Engine, float] = {}  # when each engine began to work, or ended its last batch
         self._restarts = 0
         self._rows = 0
         self._tokens = 0
         self._rate = sum(float(engine.facts.get("tokens_per_second", 0)) for engine in engines) or 1.0
+        self._mean_tokens = float(max_batch_tokens)  # of a batch, and seconds of an engine between two
+        self._mean_seconds = max_batch_tokens * len(engines) / self._rate
         self._draining = False
         self._pumping = False
         for engine in engines:
@@ -174,17 +177,18 @@ class Scheduler:
     def _pump(self) -> None:
         self._pumping = False
         for engine in self._engines:
-            while engine.free and (batch := self._next_batch()):
+            while engine.room and (batch := self._next_batch(engine.room)):
                 self._send(engine, batch)
 
-    def _next_batch(self) -> list[Row]:
+    def _next_batch(self, room: int) -> list[Row]:
         while self._retries:
             if batch := [row for row in self._retries.popleft() if row.job.wanted]:
                 return batch
-        return self._take_turns()
+        share = max(-(-self._tokens // room), _LEAST_SHARE)
+        return self._take_turns(min(share, self._max_batch_tokens))
 
-    def _take_turns(self) -> list[Row]:
-        """A row from each job in turn, of one task, up to the limit of tokens; jobs of other tasks lead the next batch."""
+    def _take_turns(self, limit: int) -> list[Row]:
+        """A row from each job in turn, of one task, up to so many tokens; jobs of other tasks lead the next batch."""
         batch: list[Row] = []
         tokens = 0
         others: list[Job] = []
@@ -196,7 +200,7 @@ class Scheduler:
                 others.append(job)
                 continue
             row = job.waiting[0]
-            if batch and tokens + len(row.tokens) > self._max_batch_tokens:
+            if batch and tokens + len(row.tokens) > limit:
                 self._turns.appendleft(job)
                 break
             batch.append(job.waiting.popleft())
@@ -211,14 +215,17 @@ class Scheduler:
         start = time.perf_counter()
         for row in batch:
             row.job.started = row.job.started or start
-        answer = engine.run(batch[0].job.task, [row.tokens for row in batch])
-        answer.add_done_callback(lambda answer: self._finish(engine, batch, start, answer))
+        if not engine.busy:
+            self._since[engine] = start
+        alone = not (engine.busy or self._rows or self._retries)
+        answer = engine.run(batch[0].job.task, [row.tokens for row in batch], alone)
+        answer.add_done_callback(lambda answer: self._finish(engine, batch, answer))
 
-    def _finish(self, engine: Engine, batch: list[Row], start: float, answer: asyncio.Future[Results]) -> None:
+    def _finish(self, engine: Engine, batch: list[Row], answer: asyncio.Future[Results]) -> None:
         """A batch came back; every row of it ends here or goes back to the head of the queue."""
         try:
             results = answer.result()
-            self._measure(engine, batch, start)
+            self._measure(engine, batch)
             self._settle_results(batch, results)
         except EngineDied as death:
             self._after_death(batch, death.running)
@@ -229,16 +236,17 @@ class Scheduler:
             self._settle_rows(batch, EngineError(f"the batch was lost ({type(error).__name__})"))
         self._pump_soon()
 
-    def _measure(self, engine: Engine, batch: list[Row], start: float) -> None:
-        """Correct the rate by a batch: it ran from when it was sent or, if it waited in the pipe, from the last one's end."""
+    def _measure(self, engine: Engine, batch: list[Row]) -> None:
+        """Correct the rate by a batch: its tokens, and the time since the engine ended the one before or began to work."""
         tokens = sum(len(row.tokens) for row in batch)
         self._metrics.batch_rows.observe(len(batch))
         self._metrics.batch_tokens.observe(tokens)
         end = time.perf_counter()
-        seconds = end - max(start, self._ended.get(engine, 0.0))
-        self._ended[engine] = end
         weight = _RATE_WEIGHT * min(1.0, tokens / self._max_batch_tokens)
-        self._rate += weight * (tokens / seconds * len(self._engines) - self._rate)
+        self._mean_tokens += weight * (tokens - self._mean_tokens)
+        self._mean_seconds += weight * (end - self._since[engine] - self._mean_seconds)
+        self._since[engine] = end
+        self._rate = self._mean_tokens / self._mean_seconds * len(self._engines)
         self._metrics.tokens_per_second.set(self._rate)
 
     def _settle_results(self, batch: list[Row], results: Results) -> None:

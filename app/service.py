@@ -171,6 +171,7 @@ class Service:
             "dtype": facts["dtype"],
             "kernel": facts["kernel"],
             "threads": facts["threads"],
+            "lanes": facts["lanes"],
             "max_queue_tokens": self.scheduler.max_queue_tokens,
             "max_body_bytes": settings.max_body_bytes,
             "tokens_per_second": round(facts["tokens_per_second"]),

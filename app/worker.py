@@ -1,9 +1,15 @@
-"""The engine process: `python -m app.worker FD` holds a Runner and answers batches that come over a socket, in order."""
+"""The engine process: `python -m app.worker FD` holds a Runner and answers batches that come over a socket.
+
+It has one or more lanes, each a thread that runs one batch after the other. Lanes share nothing but the runner, so that
+one that has lost its core to another process holds nobody up.
+"""
 
 import contextlib
 import signal
 import socket
 import sys
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +35,56 @@ def main() -> None:
     except (ModelError, MemoryError) as error:
         frames.send(sock, {"failed": str(error) or "out of memory while the checkpoint was loaded"})
         return
-    runner.on_last_layer(lambda: frames.send(sock, {"ending": True}))
     frames.send(sock, facts)
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the other side is gone: nobody waits for answers
-        while (batch := frames.receive(sock)) is not None:
-            _answer(sock, runner, batch)
+    lanes = _Lanes(sock, runner, facts["threads"], facts["lanes"])
+    runner.on_last_layer(lanes.on_last_layer)
+    for _ in range(1, facts["lanes"]):
+        threading.Thread(target=lanes.run).start()
+    lanes.run()
+
+
+class _Lanes:
+    """Threads that take batches from one socket; `run` is what each of them does."""
+
+    def __init__(self, sock: socket.socket, runner: Any, threads: int, lanes: int) -> None:
+        self._sock = sock
+        self._runner = runner
+        self._threads = threads
+        self._share = max(1, threads // lanes)
+        self._reading = threading.Lock()  # a frame is read whole by one lane
+        self._writing = threading.Lock()  # and written whole
+        self._current = threading.local()
+
+    def run(self) -> None:
+        """Answer batches until the other side is gone."""
+        from model.runner import use_threads
+
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # nobody waits for answers
+            while (batch := self._next()) is not None:
+                self._current.number = batch.head["number"]
+                use_threads(self._threads if batch.head["alone"] else self._share)
+                self._answer(batch)
+
+    def on_last_layer(self) -> None:
+        self._send({"number": self._current.number, "ending": True})
+
+    def _next(self) -> Frame | None:
+        with self._reading:
+            return frames.receive(self._sock)
+
+    def _send(self, head: dict[str, Any], arrays: Sequence[np.ndarray] = ()) -> None:
+        with self._writing:
+            frames.send(self._sock, head, arrays)
+
+    def _answer(self, batch: Frame) -> None:
+        number, task = batch.head["number"], batch.head["task"]
+        try:
+            rows = _rows(*batch.arrays)
+            arrays = self._runner.hidden(rows) if task == HIDDEN else [self._runner(rows, task)]
+        except Exception as error:  # whatever a batch does, the engine lives on; the API process decides about its rows
+            self._send({"number": number, "error": type(error).__name__})
+        else:
+            self._send({"number": number, "task": task}, arrays)
 
 
 def _load(order: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -42,17 +93,6 @@ def _load(order: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     runner, choice = make_runner(Path(order.pop("folder")), **order)
     rate = runner.warm_up(choice.max_batch_tokens)
     return runner, {**choice.as_dict(), "poolings": runner.encoder.poolings, "tokens_per_second": rate}
-
-
-def _answer(sock: socket.socket, runner: Any, batch: Frame) -> None:
-    number, task = batch.head["number"], batch.head["task"]
-    try:
-        rows = _rows(*batch.arrays)
-        arrays = runner.hidden(rows) if task == HIDDEN else [runner(rows, task)]
-    except Exception as error:  # whatever a batch does, the engine lives on; the API process decides about its rows
-        frames.send(sock, {"number": number, "error": type(error).__name__})
-    else:
-        frames.send(sock, {"number": number, "task": task}, arrays)
 
 
 def _rows(lengths: np.ndarray, ids: np.ndarray, types: np.ndarray) -> list[Tokens]:

@@ -25,13 +25,17 @@ from model.linear import (
 from model.tokens import Tokens
 from model.vectors import FloatArray
 
+_MOST_LANES = 4  # batches at once: their threads share an interpreter lock
 _STEPS = ((64, 8), (256, 32), (float("inf"), 128))  # below so many tokens, a batch's size is a multiple of this
 
 
 class CpuRunner:
-    """Runs an encoder in float32, bfloat16 or int8 on the threads that torch was given."""
+    """Runs an encoder in float32, bfloat16 or int8 on the threads that torch was given.
 
-    BATCH_TOKENS = 2048  # activations of a batch this size stay in the cache; see docs/performance.md
+    On our own kernels, whose results and layouts are the same for any number of threads, several batches may run at once.
+    """
+
+    BATCH_TOKENS = 1024  # activations of a batch this size stay in the cache; see docs/performance.md
 
     def __init__(self, encoder: Encoder, dtype: torch.dtype = torch.float32) -> None:
         """With int8 the linear layers run in int8, and all between them in bfloat16 or, without its arithmetic, float32.
@@ -45,6 +49,7 @@ class CpuRunner:
             replace_linears_by(Int8Linear, encoder.bert)  # from the float32 weights
         encoder.bert.to(between)  # what stands on it is small and stays in float32
         self._rounds = False
+        self.lanes = _MOST_LANES if dtype == torch.int8 or compiled_is_best(config, dtype) else 1
         if dtype == torch.int8:
             linear = f"int8 VNNI linear, {str(between).removeprefix('torch.')} between"
         elif compiled_is_best(config, dtype):

@@ -120,6 +120,7 @@ class CudaRunner:
     """Runs an encoder on one GPU, everything in order on one stream."""
 
     BATCH_TOKENS = 32_768
+    lanes = 1
 
     def __init__(self, encoder: Encoder, device: torch.device, dtype: torch.dtype) -> None:
         self.encoder = encoder.to(device)

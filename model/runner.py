@@ -1,5 +1,6 @@
 """Every choice that depends on the machine, made once, at start."""
 
+import ctypes
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -31,6 +32,7 @@ class Choice:
     dtype: str
     kernel: str
     threads: int
+    lanes: int  # batches that run at once, each on its share of the threads
     max_batch_tokens: int
 
     def as_dict(self) -> dict[str, Any]:
@@ -42,6 +44,7 @@ class Runner(Protocol):
 
     encoder: Encoder
     kernel: str
+    lanes: int  # batches that threads may run at once, at most
 
     def __call__(self, rows: Sequence[Tokens], pooling: PoolingMode) -> FloatArray:
         """One vector per row: [N, out] float32."""
@@ -76,7 +79,19 @@ def make_runner(
         runner = CpuRunner(encoder, kind)
         max_batch_tokens = max_batch_tokens or CpuRunner.BATCH_TOKENS
     devices = torch.cuda.device_count() if place.type == "cuda" else 1
-    return runner, Choice(str(place), devices, str(kind).removeprefix("torch."), runner.kernel, threads, max_batch_tokens)
+    lanes = min(threads, runner.lanes)
+    name = str(kind).removeprefix("torch.")
+    return runner, Choice(str(place), devices, name, runner.kernel, threads, lanes, max_batch_tokens)
+
+
+def use_threads(count: int) -> None:
+    """How many threads the caller's thread computes on, from now on."""
+    torch.get_num_threads()  # a thread's first call of it sets torch's own number
+    openmp = ctypes.CDLL(None)
+    if hasattr(openmp, "omp_set_num_threads"):  # torch.set_num_threads would change it for other threads, too
+        openmp.omp_set_num_threads(count)
+    else:
+        torch.set_num_threads(count)
 
 
 def _find_device(name: str) -> torch.device:

@@ -22,6 +22,7 @@ def main() -> None:
     if "vanish" in sys.argv:
         sys.exit(3)
     facts = {"device": "cpu", "devices": DEVICES, "dtype": "float32", "kernel": "fake", "threads": 1, "poolings": ["mean", "cls"]}
+    facts["lanes"] = 2 if "two-lanes" in sys.argv else 1
     frames.send(sock, {**facts, "max_batch_tokens": order.head["max_batch_tokens"] or 64, "tokens_per_second": 1000.0})
     while (batch := frames.receive(sock)) is not None:
         answer(sock, batch)
@@ -36,7 +37,7 @@ def answer(sock: socket.socket, batch: frames.Frame) -> None:
         frames.send(sock, {"number": number, "error": "RuntimeError"})
         return
     if HOLD not in ids:
-        frames.send(sock, {"ending": True})
+        frames.send(sock, {"number": number, "ending": True})
     rows = np.split(ids, np.cumsum(lengths)[:-1])
     if task == HIDDEN:
         arrays = [np.stack([row, row], axis=1).astype(np.float32) for row in rows]

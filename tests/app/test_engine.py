@@ -46,21 +46,37 @@ async def test_vectors_and_matrices_come_back_in_order(engine):
 
 
 async def test_the_next_batch_is_taken_when_the_one_before_comes_to_its_end(engine):
-    free = []
-    engine.on_change = lambda: free.append(engine.free)
-    assert engine.free
+    rooms = []
+    engine.on_change = lambda: rooms.append(engine.room)
+    assert engine.room
     first = engine.run("mean", rows([1]))
-    assert not engine.free
-    await until(lambda: free)
-    assert free == [True]
+    assert not engine.room
+    await until(lambda: rooms)
+    assert rooms == [1]
     assert (await first)[0][0] == 1
+
+
+async def test_each_lane_has_room_for_a_batch():
+    engine = fake_engine("two-lanes")
+    await engine.start()
+    assert engine.room == 2
+    answers = [engine.run("mean", rows([HOLD])), engine.run("mean", rows([HOLD, 1]))]
+    assert engine.room == 0
+    assert [(await answer)[0][0] for answer in answers] == [HOLD, HOLD + 1]
+    assert engine.room == 2
+    running = [engine.run("mean", rows([CRASH])), engine.run("mean", rows([2]))]
+    for answer in running:
+        with pytest.raises(EngineDied) as death:
+            await answer
+        assert death.value.running
+    await engine.stop()
 
 
 async def test_a_batch_that_does_not_say_that_it_ends_still_frees_the_engine(engine):
     first = engine.run("mean", rows([HOLD]))
-    assert not engine.free
+    assert not engine.room
     assert (await first)[0][0] == HOLD
-    assert engine.free
+    assert engine.room
     assert (await engine.run("mean", rows([2])))[0][0] == 2
 
 
@@ -68,9 +84,9 @@ async def test_no_more_than_two_batches_are_out(engine):
     sent = []
 
     def send() -> None:
-        if engine.free and len(sent) < 2:
+        if engine.room and len(sent) < 2:
             sent.append(engine.run("mean", rows([len(sent) + 1])))
-            assert not engine.free
+            assert not engine.room
 
     engine.on_change = send
     send()
@@ -91,7 +107,7 @@ async def test_a_death_tells_the_running_batch_from_the_one_in_the_pipe_and_anot
     deaths = await asyncio.gather(running, piped, return_exceptions=True)
     assert [type(death) for death in deaths] == [EngineDied, EngineDied]
     assert [death.running for death in deaths] == [True, False]
-    await until(lambda: engine.free)
+    await until(lambda: engine.room)
     assert engine.restarts == 1
     assert (await engine.run("mean", rows([6])))[0][0] == 6
 
@@ -101,7 +117,7 @@ async def test_changes_are_announced(engine):
     engine.on_change = lambda: seen.append(engine.state)
     with pytest.raises(EngineDied):
         await engine.run("mean", rows([CRASH]))
-    await until(lambda: engine.free)
+    await until(lambda: engine.room)
     await until(lambda: len(seen) >= 3)
     assert seen[0] is State.STARTING
     assert seen[-1] is State.READY
@@ -127,7 +143,7 @@ async def test_a_process_that_dies_as_it_says_hello_is_not_taken_for_ready():
     engine._on_frame = hello_and_gone
     with pytest.raises(EngineError, match="while it started"):
         await engine.start()
-    assert not engine.free
+    assert not engine.room
     await engine.stop()
 
 
@@ -147,7 +163,7 @@ async def test_an_engine_that_never_comes_back_has_failed(engine, monkeypatch):
     with pytest.raises(EngineDied):
         await engine.run("mean", rows([CRASH]))
     await until(lambda: engine.state is State.FAILED)
-    assert not engine.free
+    assert not engine.room
 
 
 async def test_every_device_gets_an_engine_unless_one_is_named(monkeypatch):

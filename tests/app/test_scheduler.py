@@ -20,15 +20,25 @@ class PuppetEngine:
     restarts: int = 0
     depth: int = 1
     batches: list = field(default_factory=list)
+    alone: list = field(default_factory=list)
 
     def on_change(self):
         raise AssertionError("the scheduler did not set it")
 
     @property
-    def free(self):
-        return self.state is State.READY and sum(not answer.done() for _, _, answer in self.batches) < self.depth
+    def out(self):
+        return sum(not answer.done() for _, _, answer in self.batches)
 
-    def run(self, task, rows):
+    @property
+    def busy(self):
+        return self.out > 0
+
+    @property
+    def room(self):
+        return max(0, self.depth - self.out) if self.state is State.READY else 0
+
+    def run(self, task, rows, alone):
+        self.alone.append(alone)
         answer = asyncio.get_running_loop().create_future()
         self.batches.append((task, [row.ids.tolist() for row in rows], answer))
         return answer
@@ -73,6 +83,26 @@ async def test_requests_of_one_moment_travel_together():
     assert sorted(engine.last) == [[1, 1], [2], [3], [4]]
     await engine.answer()
     assert [firsts(await job) for job in jobs] == [[1], [2], [3, 4]]
+
+
+async def test_waiting_rows_are_shared_out_among_lanes_unless_they_are_few():
+    engine, scheduler = make(PuppetEngine(depth=2), max_batch_tokens=1000, max_queue_tokens=10_000)
+    few = submit(scheduler, [1], [2])
+    await turns()
+    assert engine.alone == [True]
+    await engine.answer()
+    many = submit(scheduler, *([n] * 100 for n in range(8)))
+    await turns()
+    assert [len(rows) for _, rows, _ in engine.batches[1:]] == [4, 4]
+    late = submit(scheduler, [9])
+    await engine.answer()
+    assert engine.last == [[9]]
+    assert engine.alone == [True, False, False, False]
+    await engine.answer()
+    await engine.answer()
+    assert firsts(await few) == [1, 2]
+    assert firsts(await many) == [*range(8)]
+    assert firsts(await late) == [9]
 
 
 async def test_a_batch_holds_no_more_tokens_than_the_limit_but_always_one_row():
