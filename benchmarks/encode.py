@@ -1,6 +1,6 @@
 """Library level: texts per second of one process, tokenization included, peers beside us in the same run.
 
-    python -m benchmarks.encode [--models minilm base] [--workloads short mixed long] [--rounds 5] [--write]
+    python -m benchmarks.encode [--device cpu] [--models minilm base] [--workloads short mixed long] [--rounds 5] [--write]
 
 Each encoder lives in a process of its own with the same number of threads; rounds are interleaved and medians shown, so that a
 drift of the machine hits all alike. `share` is model FLOPs ÷ time ÷ the machine's rate of large matrix products in the
@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks.machine import describe_machine, matrix_rate
-from benchmarks.peers import PEERS
+from benchmarks.peers import ON_CPU, ON_CUDA, PEERS
 from benchmarks.tables import write_section
 from benchmarks.workloads import Workload, make_workload
 from model.config import ModelConfig
@@ -26,6 +26,7 @@ from model.hub import find_model
 from model.runner import available_cores
 
 COUNTS = {"minilm": {"short": 600, "mixed": 120, "long": 24}, "base": {"short": 150, "mixed": 64, "long": 6}}
+_MORE_ON_CUDA = 20  # times as many texts, lest a pass be over in a moment
 
 
 @dataclass
@@ -39,8 +40,8 @@ class Measured:
 class Peer:
     """A process that runs benchmarks.peers."""
 
-    def __init__(self, name: str, folder: Path, texts: Path, threads: int) -> None:
-        command = [sys.executable, "-m", "benchmarks.peers", name, str(folder), str(texts), str(threads)]
+    def __init__(self, name: str, folder: Path, texts: Path, device: str, threads: int) -> None:
+        command = [sys.executable, "-m", "benchmarks.peers", name, str(folder), str(texts), device, str(threads)]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
@@ -78,16 +79,16 @@ def model_folder(model: str, scratch: Path) -> Path:
     return folder
 
 
-def measure(folder: Path, workload: Workload, names: list[str], rounds: int, threads: int, scratch: Path) -> list[str]:
+def measure(folder: Path, workload: Workload, options: argparse.Namespace, scratch: Path) -> list[str]:
     """Rows of the table for one workload."""
     texts = scratch / "texts.json"
     texts.write_text(json.dumps(workload.texts))
-    rates: dict[str, list[float]] = {"float32": [], "bfloat16": [], "int8": []}
-    peers = {name: Peer(name, folder, texts, threads) for name in names}
+    peers = {name: Peer(name, folder, texts, options.device, options.threads) for name in options.peers}
     peers = {name: peer for name, peer in peers.items() if peer.works}
-    for _ in range(rounds):
+    rates: dict[str, list[float]] = {PEERS[name][1]: [] for name in peers}
+    for _ in range(options.rounds):
         for dtype, found in rates.items():
-            found.append(matrix_rate(dtype, threads))
+            found.append(matrix_rate(dtype, options.device, options.threads))
         for peer in peers.values():
             peer.run()
     for peer in peers.values():
@@ -116,24 +117,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["minilm", "base"], choices=COUNTS)
     parser.add_argument("--workloads", nargs="+", default=["short", "mixed", "long"])
-    parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=PEERS)
+    parser.add_argument("--peers", nargs="+", choices=PEERS, help="default: all that the device has")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=available_cores())
     parser.add_argument("--write", action="store_true", help="put the tables into docs/performance.md")
     options = parser.parse_args()
+    cuda = options.device == "cuda"
+    options.peers = options.peers or (ON_CUDA if cuda else ON_CPU)
     command = f"`{' '.join(['python -m benchmarks.encode', *map(shlex.quote, sys.argv[1:])])}`"
     for model in options.models:
-        lines = [f"{command}, {options.threads} threads, {describe_machine()}."]
+        lines = [f"{command}, {options.threads} threads, {describe_machine(options.device)}."]
         with tempfile.TemporaryDirectory() as scratch:
             folder = model_folder(model, Path(scratch))
             for name in options.workloads:
-                workload = make_workload(name, COUNTS[model][name], folder)
-                rows = measure(folder, workload, options.peers, options.rounds, options.threads, Path(scratch))
+                workload = make_workload(name, COUNTS[model][name] * (_MORE_ON_CUDA if cuda else 1), folder)
+                rows = measure(folder, workload, options, Path(scratch))
                 title = f"**{model}, {name}** ({len(workload.texts)} texts, {workload.lengths.mean():.0f} tokens on average)"
                 lines += ["", title, "", HEADER, *rows]
                 print("\n".join([title, *rows]), flush=True)
         if options.write:
-            write_section(f"encode-{model}", "\n".join(lines))
+            write_section(f"encode-{model}{'-cuda' if cuda else ''}", "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One encoder in a process of its own: python -m benchmarks.peers NAME FOLDER TEXTS.json THREADS
+"""One encoder in a process of its own: python -m benchmarks.peers NAME FOLDER TEXTS.json DEVICE THREADS
 
 Answers each line on standard input with the seconds of one pass over the texts, tokenization included.
 """
@@ -9,7 +9,8 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
@@ -18,41 +19,46 @@ import numpy as np
 Encode = Callable[[Sequence[str]], np.ndarray]
 _BATCH = 32  # texts in a padded batch, as sentence-transformers has it; sorted by length
 _MAX_TOKENS = 512
-_BATCH_TOKENS = 4096  # of ours: about what 32 mixed texts hold; the server takes half of it, for its latency
 
 
-def bertd(dtype: str, folder: Path, threads: int) -> Encode:
-    """Ours: the library as it is, texts in the order in which they come, packed batches."""
+def bertd(dtype: str, folder: Path, device: str, threads: int) -> Encode:
+    """Ours: the library as it is, texts in the order in which they come, packed batches on as many lanes as there are."""
     from model.config import ModelConfig
-    from model.runner import make_runner
+    from model.runner import make_runner, use_threads
     from model.tokenizer import Tokenizer
+    from model.tokens import Tokens
     from model.vectors import normalize
 
     config = ModelConfig.from_folder(folder)
     tokenizer = Tokenizer.from_folder(folder, config)
-    runner, choice = make_runner(folder, dtype=dtype, threads=threads, max_batch_tokens=_BATCH_TOKENS)
+    runner, choice = make_runner(folder, device=device, dtype=dtype, threads=threads)
+    lanes = ThreadPoolExecutor(choice.lanes, initializer=use_threads, initargs=(max(1, threads // choice.lanes),))
 
-    def encode(texts: Sequence[str]) -> np.ndarray:
-        rows = iter(tokenizer.encode(texts, max_tokens=_MAX_TOKENS))
-        vectors, batch, tokens = [], [], 0
+    def batches(rows: Sequence[Tokens]) -> Iterator[list[Tokens]]:
+        batch, tokens = [], 0
         for row in rows:
             if batch and tokens + len(row) > choice.max_batch_tokens:
-                vectors.append(runner(batch, config.pooling))
+                yield batch
                 batch, tokens = [], 0
             batch.append(row)
             tokens += len(row)
-        vectors.append(runner(batch, config.pooling))
-        return normalize(np.concatenate(vectors))
+        yield batch
+
+    def encode(texts: Sequence[str]) -> np.ndarray:
+        rows = tokenizer.encode(texts, max_tokens=_MAX_TOKENS)
+        if len(rows) == 1:
+            return normalize(runner(rows, config.pooling))
+        return normalize(np.concatenate(list(lanes.map(lambda batch: runner(batch, config.pooling), batches(rows)))))
 
     return encode
 
 
-def sentence_transformers(dtype: str, folder: Path, threads: int) -> Encode:
+def sentence_transformers(dtype: str, folder: Path, device: str, threads: int) -> Encode:
     import torch
     from sentence_transformers import SentenceTransformer
 
     torch.set_num_threads(threads)
-    model = SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": getattr(torch, dtype)})
+    model = SentenceTransformer(str(folder), device=device, model_kwargs={"dtype": getattr(torch, dtype)})
     model.max_seq_length = _MAX_TOKENS
     return lambda texts: model.encode(texts, batch_size=_BATCH, show_progress_bar=False, normalize_embeddings=True)
 
@@ -97,7 +103,7 @@ def _transformers_model(folder: Path):
     return Hidden().eval(), example
 
 
-def onnx_runtime(dtype: str, folder: Path, threads: int) -> Encode:
+def onnx_runtime(dtype: str, folder: Path, device: str, threads: int) -> Encode:
     import onnxruntime
     import torch
 
@@ -114,7 +120,7 @@ def onnx_runtime(dtype: str, folder: Path, threads: int) -> Encode:
     return _padded(folder, lambda ids, mask: session.run(None, {"input_ids": ids, "attention_mask": mask})[0])
 
 
-def openvino(dtype: str, folder: Path, threads: int) -> Encode:
+def openvino(dtype: str, folder: Path, device: str, threads: int) -> Encode:
     import openvino as ov
 
     model, example = _transformers_model(folder)
@@ -124,7 +130,7 @@ def openvino(dtype: str, folder: Path, threads: int) -> Encode:
     return _padded(folder, lambda ids, mask: compiled({"input_ids": ids, "attention_mask": mask})[0])
 
 
-def ctranslate2(dtype: str, folder: Path, threads: int) -> Encode:
+def ctranslate2(dtype: str, folder: Path, device: str, threads: int) -> Encode:
     import ctranslate2 as ct
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -138,27 +144,31 @@ def ctranslate2(dtype: str, folder: Path, threads: int) -> Encode:
     return _padded(folder, run)
 
 
-PEERS: Mapping[str, tuple[Callable[[str, Path, int], Encode], str]] = {
+PEERS: Mapping[str, tuple[Callable[[str, Path, str, int], Encode], str]] = {
     "bertd float32": (bertd, "float32"),
     "bertd bfloat16": (bertd, "bfloat16"),
+    "bertd float16": (bertd, "float16"),
     "bertd int8": (bertd, "int8"),
     "sentence-transformers float32": (sentence_transformers, "float32"),
     "sentence-transformers bfloat16": (sentence_transformers, "bfloat16"),
+    "sentence-transformers float16": (sentence_transformers, "float16"),
     "ONNX Runtime float32": (onnx_runtime, "float32"),
     "OpenVINO float32": (openvino, "float32"),
     "OpenVINO bfloat16": (openvino, "bfloat16"),
     "CTranslate2 float32": (ctranslate2, "float32"),
     "CTranslate2 int8": (ctranslate2, "int8"),
 }
+ON_CUDA = tuple(name for name, (make, dtype) in PEERS.items() if make in (bertd, sentence_transformers) and dtype != "int8")
+ON_CPU = tuple(name for name, (_, dtype) in PEERS.items() if dtype != "float16")
 
 
 def main() -> None:
-    name, folder, texts_file, threads = sys.argv[1:]
+    name, folder, texts_file, device, threads = sys.argv[1:]
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not mix with the answers
     make, dtype = PEERS[name]
     texts = json.loads(Path(texts_file).read_text())
-    encode = make(dtype, Path(folder), int(threads))
+    encode = make(dtype, Path(folder), device, int(threads))
     encode(texts[:64])
     print("ready", file=answers, flush=True)
     for _ in sys.stdin:

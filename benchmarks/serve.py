@@ -213,7 +213,7 @@ HEADER = (
 
 def library_rate(dtype: str, texts: list[str], folder: Path) -> tuple[float, float]:
     """Our own texts/s at library level, and the median milliseconds of a lone text, in this process."""
-    encode = bertd(dtype, folder, available_cores())
+    encode = bertd(dtype, folder, "cpu", available_cores())
     encode(texts[:32])
     best = float("inf")
     for _ in range(3):
