@@ -20,6 +20,9 @@ from app.render import json_bytes
 from app.service import VERSION, Service, running_service
 from app.settings import Settings
 
+ROUTERS = (tei.router, openai.router, openai.model_router, ops.router)
+JSON_ROUTES = [route for router in ROUTERS for route in router.routes if isinstance(route, JsonRoute)]
+
 _DIALECTS: Mapping[str, Callable[[int, str, str], tuple[int, Mapping[str, Any]]]] = {
     "/v1/": openai.refusal,
     "/embeddings": openai.refusal,
@@ -42,7 +45,7 @@ def create_app(settings: Settings, service: Service | None = None) -> ASGIApp:
         return refusal(error, scope)
 
     api = create_api(settings, metrics, service, refuse)
-    app: ASGIApp = DirectRoutes(api, [route for route in api.routes if isinstance(route, JsonRoute)], refuse)
+    app: ASGIApp = DirectRoutes(api, JSON_ROUTES, refuse)
     app = CancelOnDisconnect(app)
     app = BodyLimit(app, settings.max_body_bytes, refuse)
     if settings.api_key is not None:
@@ -76,8 +79,8 @@ def create_api(settings: Settings, metrics: Metrics, service: Service | None, re
         swagger_ui_parameters={"tryItOutEnabled": True},
         exception_handlers={ServiceError: on_service_error, HTTPException: _on_http_exception},
     )
-    for dialect in (tei, openai, ops):
-        api.include_router(dialect.router)
+    for router in ROUTERS:
+        api.include_router(router)
     return api
 
 

@@ -29,21 +29,21 @@ class Problem(BaseModel):
     code: str | None
 
 
-class ErrorBody(BaseModel):
+class ErrorEnvelope(BaseModel):
     """Every refusal on these routes."""
 
     error: Problem
 
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {"model": ErrorBody, "description": "the request is invalid, or the model of another kind"},
-    401: {"model": ErrorBody, "description": "the key is missing or wrong"},
-    413: {"model": ErrorBody, "description": "the body is too large"},
-    429: {"model": ErrorBody, "description": "overloaded; Retry-After says when to come back"},
-    500: {"model": ErrorBody, "description": "the encoder failed"},
-    503: {"model": ErrorBody, "description": "not ready; Retry-After says when to come back"},
-    504: {"model": ErrorBody, "description": "the deadline passed"},
-    "default": {"model": ErrorBody, "description": "any other refusal"},
+    400: {"model": ErrorEnvelope, "description": "the request is invalid, or the model of another kind"},
+    401: {"model": ErrorEnvelope, "description": "the key is missing or wrong"},
+    413: {"model": ErrorEnvelope, "description": "the body is too large"},
+    429: {"model": ErrorEnvelope, "description": "overloaded; Retry-After says when to come back"},
+    500: {"model": ErrorEnvelope, "description": "the encoder failed"},
+    503: {"model": ErrorEnvelope, "description": "not ready; Retry-After says when to come back"},
+    504: {"model": ErrorEnvelope, "description": "the deadline passed"},
+    "default": {"model": ErrorEnvelope, "description": "any other refusal"},
 }
 
 
@@ -85,12 +85,12 @@ class ModelList(BaseModel):
     data: list[Model]
 
 
-router = APIRouter(tags=["openai"], responses=_ERRORS)
-_json = APIRouter(route_class=JsonRoute)
+router = APIRouter(tags=["openai"], responses=_ERRORS, route_class=JsonRoute)
+model_router = APIRouter(tags=["openai"], responses=_ERRORS)
 
 
-@_json.post("/embeddings", include_in_schema=False)
-@_json.post("/v1/embeddings", response_model=EmbeddingList, responses=BINARY)
+@router.post("/embeddings", include_in_schema=False)
+@router.post("/v1/embeddings", response_model=EmbeddingList, responses=BINARY)
 async def embeddings(request: EmbeddingRequest, service: ServiceOf, accepted: Accepted) -> Response:
     """One vector of length 1 per text."""
     inputs = as_list(request.input)
@@ -106,18 +106,15 @@ async def embeddings(request: EmbeddingRequest, service: ServiceOf, accepted: Ac
     return answer(service, _embedding_list(vectors, request.encoding_format, service.name, stats.tokens), headers_of(stats))
 
 
-router.include_router(_json)
-
-
-@router.get("/models", include_in_schema=False)
-@router.get("/v1/models")
+@model_router.get("/models", include_in_schema=False)
+@model_router.get("/v1/models")
 async def models(service: ServiceOf) -> ModelList:
     """The model that is served."""
     return ModelList(data=[_model(service)])
 
 
-@router.get("/models/{name:path}", include_in_schema=False)
-@router.get("/v1/models/{name:path}")
+@model_router.get("/models/{name:path}", include_in_schema=False)
+@model_router.get("/v1/models/{name:path}")
 async def model(name: str, service: ServiceOf) -> Model:
     """The model of that name."""
     if name.strip("/") != service.name.strip("/"):
