@@ -19,10 +19,11 @@ def json_bytes(value: Any) -> bytes:
 
 def json_list(items: Iterable[Any]) -> Iterator[bytes]:
     """A JSON list, one item at a time."""
-    opening = b"["
+    yield b"["
+    comma = b""
     for item in items:
-        yield opening + json_bytes(item)
-        opening = b","
+        yield comma + json_bytes(item)
+        comma = b","
     yield b"]"
 
 

@@ -156,7 +156,7 @@ class Service:
 
     def owns(self, ids: Sequence[int]) -> bool:
         """Whether token ids can only be this model's: of its vocabulary, and framed with its special tokens."""
-        return self._tokenizer.is_framed(ids) and all(0 <= token < self._tokenizer.vocab_size for token in ids)
+        return self._tokenizer.is_framed(ids) and 0 <= min(ids) <= max(ids) < self._tokenizer.vocab_size
 
     def info(self) -> dict[str, Any]:
         """What is served and what was decided at start: TEI's keys, then ours."""
