@@ -147,7 +147,7 @@ async def embed_all(request: EmbedAllRequest, service: ServiceOf, accepted: Acce
 
     With `return_tokens` an object that names the tokens; in base64 an object with the shape [tokens, numbers].
     """
-    with_tokens = bool(request.return_tokens)
+    with_tokens = bool(request.return_tokens) and accepted == "application/json"
     options = Encoding(**request.encoding())
     matrices, tokens, stats = await service.embed_tokens(as_list(request.inputs), options, with_tokens, request.dtype)
     if accepted != "application/json":
@@ -168,7 +168,7 @@ async def similarity(request: SimilarityRequest, service: ServiceOf) -> Response
         scores, stats = await service.similarity(source, sentences, options, metric)
         return json_answer(service, scores[0], stats)
     scores, stats = await service.similarity(request.inputs.a, request.inputs.b, options, metric)
-    return json_answer(service, scores, stats)
+    return answer(service, json_list(scores), headers_of(stats))
 
 
 @router.post("/tokenize", response_model=list[list[SimpleToken]])
