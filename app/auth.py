@@ -6,7 +6,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.errors import Unauthorized
-from app.middleware import Refuse
+from app.middleware import Refuse, path_of
 
 PUBLIC = ("/health", "/ready", "/metrics", "/docs", "/openapi.json", "/static-offline-docs/")
 
@@ -20,7 +20,7 @@ class RequireKey:
         self._refuse = refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or _is_public(scope["path"]) or self._knows_key(Headers(scope=scope)):
+        if scope["type"] != "http" or _is_public(path_of(scope)) or self._knows_key(Headers(scope=scope)):
             await self._app(scope, receive, send)
             return
         error = Unauthorized("the key is missing or wrong; send the header Authorization: Bearer KEY")

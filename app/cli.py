@@ -66,7 +66,7 @@ def serve(settings: Settings) -> None:
 
     async def run(service: Service) -> None:
         nonlocal banner
-        banner = _banner(service.info(), sock)
+        banner = _banner(service.info(), sock, settings.url_prefix or "")
         app = create_app(settings, service)
         await Server(
             uvicorn.Config(
@@ -217,9 +217,9 @@ def _listen(settings: Settings) -> socket.socket:
     return sock
 
 
-def _banner(facts: Mapping[str, Any], sock: socket.socket) -> str:
+def _banner(facts: Mapping[str, Any], sock: socket.socket, prefix: str) -> str:
     host, port = sock.getsockname()[:2]
-    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}{prefix}"
     limits = (
         f"{facts['max_input_length']} tokens a text, {facts['max_batch_tokens']} a batch, "
         f"{facts['max_queue_tokens']} in the queue, {facts['max_client_batch_size']} texts a request"

@@ -4,6 +4,7 @@ ServiceError              500 Internal
 ├── EmptyInput            400 Empty
 ├── Unauthorized          401 Unauthorized
 ├── NotFound              404 NotFound
+├── NotAcceptable         406 Validation
 ├── BodyTooLarge          413 Validation
 ├── InvalidInput          422 Validation
 ├── WrongKind             424 Backend
@@ -41,6 +42,11 @@ class Unauthorized(ServiceError):
 class NotFound(ServiceError):
     status = 404
     word = "NotFound"
+
+
+class NotAcceptable(ServiceError):
+    status = 406
+    word = "Validation"
 
 
 class BodyTooLarge(ServiceError):

@@ -1,22 +1,35 @@
 """The composition root: an app around a service."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Scope
 
-from app.api import ops, tei
+from app.api import openai, ops, tei
 from app.api.json_route import DirectRoutes, JsonRoute
 from app.auth import RequireKey
-from app.errors import ServiceError
+from app.compression import Compress
+from app.errors import NotFound, ServiceError
 from app.metrics import Metrics
-from app.middleware import BodyLimit, CancelOnDisconnect, Observe, Refuse
+from app.middleware import BodyLimit, CancelOnDisconnect, Observe, PlainPaths, Refuse, path_of
 from app.render import json_bytes
 from app.service import VERSION, Service, running_service
 from app.settings import Settings
+
+ROUTERS = (tei.router, openai.router, openai.model_router, ops.router)
+JSON_ROUTES = [route for router in ROUTERS for route in router.routes if isinstance(route, JsonRoute)]
+
+_DIALECTS: Mapping[str, Callable[[int, str, str], tuple[int, Mapping[str, Any]]]] = {
+    "/v1/": openai.refusal,
+    "/embeddings": openai.refusal,
+    "/models": openai.refusal,
+}
+"""How the routes below a path refuse: status, word and message of an error -> status and body. The first that fits counts;
+below every other path it is TEI's."""
 
 
 def create_app(settings: Settings, service: Service | None = None) -> ASGIApp:
@@ -32,11 +45,12 @@ def create_app(settings: Settings, service: Service | None = None) -> ASGIApp:
         return refusal(error, scope)
 
     api = create_api(settings, metrics, service, refuse)
-    app: ASGIApp = DirectRoutes(api, [route for route in tei.router.routes if isinstance(route, JsonRoute)], refuse)
+    app: ASGIApp = DirectRoutes(api, JSON_ROUTES, refuse)
     app = CancelOnDisconnect(app)
     app = BodyLimit(app, settings.max_body_bytes, refuse)
     if settings.api_key is not None:
         app = RequireKey(app, settings.api_key.get_secret_value(), refuse)
+    app = PlainPaths(Compress(app), settings.url_prefix or "", refuse)
     return Observe(app, metrics, refuse)
 
 
@@ -65,8 +79,8 @@ def create_api(settings: Settings, metrics: Metrics, service: Service | None, re
         swagger_ui_parameters={"tryItOutEnabled": True},
         exception_handlers={ServiceError: on_service_error, HTTPException: _on_http_exception},
     )
-    api.include_router(tei.router)
-    api.include_router(ops.router)
+    for router in ROUTERS:
+        api.include_router(router)
     return api
 
 
@@ -75,12 +89,17 @@ def refusal(error: ServiceError, scope: Scope) -> Response:
     headers = {"retry-after": str(error.retry_after)} if error.retry_after is not None else {}
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
-    content = json_bytes({"error": error.message, "error_type": error.word})
-    return Response(content, error.status, headers, media_type="application/json")
+    return _answer(path_of(scope), error.status, error.word, error.message, headers)
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     """No such route, wrong method: the same shape as every other refusal."""
     assert isinstance(error, HTTPException)
-    content = json_bytes({"error": f"{request.method} on this path: {error.detail}; see /docs", "error_type": "NotFound"})
-    return Response(content, error.status_code, dict(error.headers or {}), media_type="application/json")
+    message = f"{request.method} on this path: {error.detail}; see /docs"
+    return _answer(path_of(request.scope), error.status_code, NotFound.word, message, error.headers or {})
+
+
+def _answer(path: str, status: int, word: str, message: str, headers: Mapping[str, str]) -> Response:
+    refuse = next((refuse for start, refuse in _DIALECTS.items() if path.startswith(start)), tei.refusal)
+    status, body = refuse(status, word, message)
+    return Response(json_bytes(body), status, headers, media_type="application/json")

@@ -1,7 +1,8 @@
-"""What surrounds every request, as pure ASGI classes: observation, the body's limit, cancellation on hang-up."""
+"""What surrounds every request, as pure ASGI classes: observation, plain paths, the body's limit, cancellation on hang-up."""
 
 import asyncio
 import logging
+import re
 import time
 import traceback
 import uuid
@@ -10,7 +11,7 @@ from collections.abc import Callable
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.errors import BodyTooLarge, ServiceError
+from app.errors import BodyTooLarge, NotFound, ServiceError
 from app.metrics import Metrics
 
 log = logging.getLogger("bertd.request")
@@ -62,6 +63,34 @@ class Observe:
 def _request_id(headers: Headers) -> str:
     sent = headers.get("x-request-id", "")
     return sent if sent.isascii() and sent.isprintable() and 0 < len(sent) <= _REQUEST_ID_SIZE else uuid.uuid4().hex
+
+
+class PlainPaths:
+    """Takes `//embed` and `/embed/` for `/embed`, without a redirect, and what stands before each path for ASGI's root_path."""
+
+    def __init__(self, app: ASGIApp, prefix: str, refuse: Refuse) -> None:
+        self._app = app
+        self._prefix = prefix
+        self._refuse = refuse
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        path = re.sub("/{2,}", "/", scope["path"]).removesuffix("/")
+        scope["path"] = path if path != self._prefix else f"{path}/"
+        if scope["path"].startswith(f"{self._prefix}/") or not self._prefix:
+            scope["root_path"] = self._prefix
+            await self._app(scope, receive, send)
+            return
+        error = NotFound(f"the routes of this server stand below {self._prefix}; put that before the path")
+        await self._refuse(error, scope)(scope, receive, send)
+
+
+def path_of(scope: Scope) -> str:
+    """The path of a request as the routes have it: without the prefix."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
 
 
 class BodyLimit:

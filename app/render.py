@@ -1,22 +1,68 @@
-"""Arrays -> bytes."""
+"""Arrays -> bytes: JSON, base64, raw rows, safetensors; piece by piece, so that a large answer is never whole in memory."""
 
-from collections.abc import Iterator, Sequence
+import base64
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import orjson
 
-from model.vectors import FloatArray
+from model.vectors import Array
+
+_BLOCK = 2**18  # bytes
+_SAFETENSORS = {"float32": "F32", "float16": "F16", "int8": "I8", "uint8": "U8"}
 
 
 def json_bytes(value: Any) -> bytes:
-    """JSON of anything that holds float32 arrays: the shortest digits that give the same float32 back."""
+    """JSON of anything that holds arrays: the shortest digits that give the same float32 back."""
     return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
-def json_matrices(matrices: Sequence[FloatArray]) -> Iterator[bytes]:
-    """A JSON list of matrices, one at a time: a large answer is never whole in memory."""
-    opening = b"["
-    for matrix in matrices:
-        yield opening + json_bytes(matrix)
-        opening = b","
+def json_list(items: Iterable[Any]) -> Iterator[bytes]:
+    """A JSON list, one item at a time."""
+    yield b"["
+    comma = b""
+    for item in items:
+        yield comma + json_bytes(item)
+        comma = b","
     yield b"]"
+
+
+def base64_text(array: Array) -> str:
+    """The little-endian numbers of an array, row after row, in the standard alphabet."""
+    return base64.b64encode(_little_endian(array)).decode()
+
+
+def raw_rows(arrays: Iterable[Array]) -> Iterator[bytes]:
+    """The little-endian numbers of arrays, one after the other."""
+    return map(_little_endian, arrays)
+
+
+def safetensors(arrays: Sequence[Array]) -> Iterator[bytes]:
+    """A safetensors file of one tensor per array, named by its place (format: github.com/huggingface/safetensors)."""
+    head, end = {}, 0
+    for place, array in enumerate(arrays):
+        offsets = [end, end + array.nbytes]
+        head[str(place)] = {"dtype": _SAFETENSORS[array.dtype.name], "shape": array.shape, "data_offsets": offsets}
+        end += array.nbytes
+    content = json_bytes(head)
+    content += b" " * (-len(content) % 8)
+    yield len(content).to_bytes(8, "little") + content
+    yield from raw_rows(arrays)
+
+
+def in_blocks(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """The same bytes in fewer and larger pieces: each costs a way to a thread and back."""
+    block: list[bytes] = []
+    size = 0
+    for chunk in chunks:
+        block.append(chunk)
+        size += len(chunk)
+        if size >= _BLOCK:
+            yield b"".join(block)
+            block, size = [], 0
+    if block:
+        yield b"".join(block)
+
+
+def _little_endian(array: Array) -> bytes:
+    return array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()

@@ -21,7 +21,7 @@ from model.errors import InvalidTokens
 from model.hub import digest, find_model
 from model.tokenizer import Side, Text, Tokenizer
 from model.tokens import Tokens
-from model.vectors import FloatArray, Metric, compare, normalize, shorten
+from model.vectors import Array, FloatArray, Metric, OutputDtype, compare, normalize, quantize, shorten
 
 Input = str | list[int]
 """A text, or the ids of a text that the client has tokenized."""
@@ -50,6 +50,7 @@ class Embedding(Encoding):
     pooling: PoolingMode | None = None
     normalize: bool = True
     dimensions: int | None = None
+    output_dtype: OutputDtype = "float32"
 
 
 @dataclass(frozen=True)
@@ -103,27 +104,33 @@ class Service:
         self.metrics = metrics
         self.facts = facts
         self.scheduler = scheduler
+        self.name = settings.served_model_name or settings.model
+        self.started = int(time.time())
         self._tokenizer = tokenizer
         self._threads = ThreadPoolExecutor(max_workers=facts["tokenization_workers"], thread_name_prefix="tokenize")
 
-    async def embed(self, inputs: Sequence[Input], options: Embedding) -> tuple[FloatArray, Stats]:
-        """One vector per text: [N, out]."""
+    async def embed(self, inputs: Sequence[Input], options: Embedding) -> tuple[Array, Stats]:
+        """One vector per text: [N, out] of the output dtype."""
+        _check_dtype(options.output_dtype, options.normalize)
         pooling = self._pooling(options.pooling)
         self._check_dimensions(options.dimensions)
         encoded = await self._encode(inputs, options)
         answer = await self._infer(encoded.rows, pooling)
         vectors = shorten(np.stack(_results(answer)), options.dimensions)
-        return normalize(vectors) if options.normalize else vectors, self._account(encoded, answer)
+        vectors = normalize(vectors) if options.normalize else vectors
+        (rows,) = await self._quantize([vectors], options.output_dtype)
+        return rows, self._account(encoded, answer)
 
     async def embed_tokens(
-        self, inputs: Sequence[Input], options: Encoding, with_tokens: bool = False
-    ) -> tuple[list[FloatArray], list[list[Token]], Stats]:
+        self, inputs: Sequence[Input], options: Encoding, with_tokens: bool = False, output_dtype: OutputDtype = "float32"
+    ) -> tuple[list[Array], list[list[Token]], Stats]:
         """One matrix [L, H] per text, special tokens included; with the tokens that its rows stand for where asked."""
+        _check_dtype(output_dtype, normalized=False)
         encoded = await self._encode(inputs, options, with_offsets=with_tokens)
         answer = await self._infer(encoded.rows, HIDDEN)
         prompt = self._prompt(options.prompt_name)
         tokens = [self._describe(*pair, prompt) for pair in zip(inputs, encoded.rows, strict=True)] if with_tokens else []
-        return _results(answer), tokens, self._account(encoded, answer)
+        return await self._quantize(_results(answer), output_dtype), tokens, self._account(encoded, answer)
 
     async def similarity(
         self, a: Sequence[str], b: Sequence[str], options: Embedding, metric: Metric
@@ -147,6 +154,10 @@ class Service:
         decode = self._tokenizer.decode
         return await self._off_loop(lambda: [decode(ids, skip_special_tokens) for ids in rows], sum(map(len, rows)))
 
+    def owns(self, ids: Sequence[int]) -> bool:
+        """Whether token ids can only be this model's: of its vocabulary, and framed with its special tokens."""
+        return self._tokenizer.is_framed(ids) and 0 <= min(ids) <= max(ids) < self._tokenizer.vocab_size
+
     def info(self) -> dict[str, Any]:
         """What is served and what was decided at start: TEI's keys, then ours."""
         facts, settings = self.facts, self.settings
@@ -154,7 +165,7 @@ class Service:
             "model_id": settings.model,
             "model_sha": facts["sha256"],
             "model_dtype": facts["dtype"],
-            "served_model_name": settings.model,
+            "served_model_name": self.name,
             "model_type": {"embedding": {"pooling": settings.pooling or self.config.pooling}},
             "max_concurrent_requests": max(1, self.scheduler.max_queue_tokens // self.config.max_tokens),
             "max_input_length": self.config.max_tokens,
@@ -203,13 +214,18 @@ class Service:
             raise DeadlineExceeded(f"no answer within {timeout:g} s; send fewer texts or try again later") from None
 
     async def _off_loop(self, function: Callable[[], T], size: int) -> T:
-        """Call a function of the tokenizer in a thread; in the event loop where that is sooner done than the way there."""
+        """Call a function in a thread; in the event loop where that is sooner done than the way there."""
         try:
             if size <= _SMALL:
                 return function()
             return await asyncio.get_running_loop().run_in_executor(self._threads, function)
         except InvalidTokens as error:
             raise InvalidInput(str(error)) from None
+
+    async def _quantize(self, arrays: list[FloatArray], dtype: OutputDtype) -> list[Array]:
+        if dtype == "float32":
+            return arrays
+        return await self._off_loop(lambda: [quantize(array, dtype) for array in arrays], sum(a.size for a in arrays))
 
     def _pooling(self, asked: PoolingMode | None) -> PoolingMode:
         pooling = asked or self.settings.pooling or self.config.pooling
@@ -295,6 +311,14 @@ def _results(answer: Answer) -> list[FloatArray]:
 
 def _characters(inputs: Sequence[Input]) -> int:
     return sum(len(item) for item in inputs if isinstance(item, str))
+
+
+def _check_dtype(dtype: OutputDtype, normalized: bool) -> None:
+    if dtype in ("int8", "uint8") and not normalized:
+        raise InvalidInput(
+            f"output_dtype {dtype} divides the range of vectors of length 1, and these are not; "
+            "wanted float32, float16, binary or ubinary here"
+        )
 
 
 def _check_not_empty(item: Sequence[object], wanted: str) -> None:

@@ -26,8 +26,14 @@ class Settings(BaseModel):
         description="a folder, a Hugging Face name, or a name that an installed package carries",
     )
     revision: str | None = Field(None, description="commit, branch or tag of a model on the Hugging Face Hub")
+    served_model_name: str | None = Field(
+        None, min_length=1, description="name of the model in answers; default: that of `BERTD_MODEL`"
+    )
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8080, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    url_prefix: str | None = Field(
+        None, pattern=r"^(/[\w.~-]+)+$", description="path before that of every route, as `/embeddings-api`"
+    )
     device: Device = Field("auto", description="auto, cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
         "auto", description="arithmetic of the encoder; auto is float32 on a CPU"

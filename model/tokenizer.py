@@ -77,13 +77,19 @@ class Tokenizer:
         if bad is not None:
             raise InvalidTokens(f"token id {bad} is outside the vocabulary; wanted 0 to {self.vocab_size - 1}")
         body, before, after = list(ids), self._before, self._after
-        if len(body) >= len(before) + len(after) and body[: len(before)] == before and body[-len(after) :] == after:
+        if self.is_framed(body):
             body = body[len(before) : len(body) - len(after)]
         room = max(0, (self.max_tokens if max_tokens is None else max_tokens) - len(before) - len(after))
         cut = max(0, len(body) - room)
         kept = body[:room] if cut_side == "right" else body[len(body) - min(room, len(body)) :]
         tokens = Tokens.of([*before, *kept, *after])
         return Tokens(tokens.ids, tokens.types, cut)
+
+    def is_framed(self, ids: Sequence[int]) -> bool:
+        """Whether token ids begin and end with the special tokens of a text."""
+        before, after = self._before, self._after
+        long_enough = len(ids) >= len(before) + len(after)
+        return long_enough and ids[: len(before)] == before and ids[len(ids) - len(after) :] == after
 
     def _encode_all(self, texts: Sequence[Text], with_offsets: bool) -> list[Encoding]:
         if len(texts) == 1:  # the library's batches wake its threads, which costs more than a lone text

@@ -1,12 +1,16 @@
-"""What is done to finished rows: numpy, float32 in, float32 out."""
+"""What is done to finished rows: numpy, float32 in, float32 out, and last of all the numbers that a client asked for."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float32]
+Array = NDArray[Any]
+"""Rows of any output dtype."""
+
 Metric = Literal["cosine", "dot", "euclidean"]
+OutputDtype = Literal["float32", "float16", "int8", "uint8", "binary", "ubinary"]
 
 _SMALLEST_NORM = np.float32(1e-12)  # as torch.nn.functional.normalize: a zero vector stays zero
 
@@ -21,6 +25,32 @@ def normalize(rows: FloatArray) -> FloatArray:
 def shorten(rows: FloatArray, dimensions: int | None) -> FloatArray:
     """The first `dimensions` columns (Matryoshka representations, arXiv 2205.13147); None keeps them all."""
     return rows if dimensions is None else np.ascontiguousarray(rows[:, :dimensions])
+
+
+def quantize(rows: FloatArray, dtype: OutputDtype) -> Array:
+    """Rows [..., out] in the numbers that sentence-transformers' `quantize_embeddings` gives for that precision.
+
+    int8 and uint8 cut the range of `int8_range` into 256 steps, so they want rows of length 1; binary and ubinary
+    pack the signs of eight numbers into one, the last one filled up with zeros: [..., ceil(out / 8)].
+    """
+    if dtype in ("float32", "float16"):
+        return rows.astype(dtype, copy=False)
+    if dtype in ("binary", "ubinary"):
+        bits = np.packbits(rows > 0, axis=-1)
+        return bits if dtype == "ubinary" else _centred(bits)
+    largest = int8_range(rows.shape[-1])
+    steps = np.clip(np.floor((rows + largest) / (2 * largest / 255)), 0, 255).astype(np.uint8)
+    return steps if dtype == "uint8" else _centred(steps)
+
+
+def int8_range(dimensions: int) -> np.float32:
+    """The largest number that int8 and uint8 tell apart: 5 times the root mean square of a row of length 1, at most 1."""
+    return np.float32(min(1, 5 / np.sqrt(dimensions)))
+
+
+def _centred(rows: NDArray[np.uint8]) -> NDArray[np.int8]:
+    """0 to 255 as -128 to 127, by the highest bit."""
+    return (rows ^ np.uint8(128)).view(np.int8)
 
 
 def compare(a: FloatArray, b: FloatArray, metric: Metric) -> FloatArray:

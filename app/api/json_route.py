@@ -3,35 +3,38 @@
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Annotated, Any, get_type_hints
 
-from fastapi import Depends, FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response, params
 from fastapi.routing import APIRoute
 from pydantic import TypeAdapter, ValidationError
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.errors import InvalidInput, ServiceError
-from app.middleware import Refuse
+from app.middleware import Refuse, path_of
 from app.service import Service
 
 _PROBLEMS = 3  # that one refusal names
 
 
 class JsonRoute(APIRoute):
-    """A route whose endpoint is `async def (request: Model, service) -> Response`.
+    """A route whose endpoint is `async def (request: Model, …) -> Response`.
 
-    FastAPI documents it from its signature; the body goes from bytes to the model in one step, whatever its content
+    FastAPI documents it from its signature. What else it takes is `Annotated[…, Depends(of)]`, each a plain function of
+    the request, as `ServiceOf`. The body goes from bytes to the model in one step, whatever its content
     type, without FastAPI's json.loads (which lets lone surrogates pass) and its solving of dependencies.
     """
 
     def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:  # type: ignore[override]
         endpoint = self.endpoint
-        read = TypeAdapter(get_type_hints(endpoint, include_extras=True)["request"]).validate_json
+        hints = get_type_hints(endpoint, include_extras=True)
+        read = TypeAdapter(hints["request"]).validate_json
+        given = {name: of for name, hint in hints.items() if (of := _dependency(hint)) is not None}
 
         async def answer(request: Request) -> Response:
             try:
                 body = read(await request.body())
             except ValidationError as error:
                 raise InvalidInput(describe(error)) from None
-            response: Response = await endpoint(body, service_of(request))
+            response: Response = await endpoint(body, **{name: of(request) for name, of in given.items()})
             return response
 
         return answer
@@ -49,7 +52,7 @@ class DirectRoutes:
         self._refuse = refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        found = self._routes.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+        found = self._routes.get(path_of(scope)) if scope["type"] == "http" and scope["method"] == "POST" else None
         if found is None:
             await self._app(scope, receive, send)
             return
@@ -60,6 +63,11 @@ class DirectRoutes:
         except ServiceError as error:
             response = self._refuse(error, scope)
         await response(scope, receive, send)
+
+
+def _dependency(hint: Any) -> Callable[[Request], Any] | None:
+    found = (note.dependency for note in getattr(hint, "__metadata__", ()) if isinstance(note, params.Depends))
+    return next(found, None)
 
 
 def service_of(request: Request) -> Service:

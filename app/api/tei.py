@@ -1,21 +1,19 @@
 """The dialect of Hugging Face text-embeddings-inference, and what we add to it."""
 
-import time
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Response
-from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, BeforeValidator, Field, StrictBool, StrictInt, StrictStr
 
+from app.api.answers import BINARY, Accepted, answer, array_answer, headers_of, json_answer, number_list
+from app.api.fields import Ids, Inputs, Output, as_list
 from app.api.json_route import JsonRoute, ServiceOf
-from app.render import json_bytes, json_matrices
-from app.service import Embedding, Encoding, Input, Service, Stats
+from app.render import json_list
+from app.service import Embedding, Encoding, Token
 from model.config import PoolingMode
-from model.vectors import Metric
+from model.vectors import Array, Metric
 
-Ids = list[StrictInt]
-Inputs = Annotated[StrictStr | Ids | list[StrictStr | Ids], Field(union_mode="left_to_right")]
 Side = Annotated[Literal["left", "right"], BeforeValidator(lambda side: side.lower() if isinstance(side, str) else side)]
 
 
@@ -38,6 +36,10 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     504: {"model": ErrorBody, "description": "the deadline passed"},
 }
 
+_NOT_ACCEPTABLE: dict[int | str, dict[str, Any]] = {
+    406: {"model": ErrorBody, "description": "octets of matrices of several shapes"}
+}
+
 router = APIRouter(tags=["embed"], responses=_ERRORS, route_class=JsonRoute)
 
 
@@ -58,15 +60,29 @@ class Pooled(Common):
     pooling: PoolingMode | None = Field(None, description="default: the checkpoint's own")
 
 
-class EmbedRequest(Pooled):
+class EmbedRequest(Pooled, Output):
     inputs: Inputs
     normalize: StrictBool | None = Field(None, description="scale each vector to length 1; default true")
     dimensions: StrictInt | None = Field(None, description="keep this many numbers of each vector, then normalise")
 
 
-class EmbedAllRequest(Common):
+class EmbedAllRequest(Common, Output):
     inputs: Inputs
     return_tokens: StrictBool | None = Field(None, description="name the token that each row stands for")
+
+
+class PlacedToken(BaseModel):
+    text: str
+    start: int | None
+    end: int | None
+
+
+class TokenMatrix(BaseModel):
+    """A matrix with what was asked for beside it."""
+
+    tokens: list[PlacedToken] | None = None
+    embeddings: list[list[float]] | str
+    shape: tuple[int, int] | None = None
 
 
 class OneToMany(BaseModel):
@@ -109,29 +125,36 @@ class SimpleToken(BaseModel):
     stop: int | None
 
 
-@router.post("/embed", response_model=list[list[float]])
-async def embed(request: EmbedRequest, service: ServiceOf) -> Response:
-    """One vector per text, as a list also for one text."""
+@router.post("/embed", response_model=list[list[float]] | list[str], responses=BINARY)
+async def embed(request: EmbedRequest, service: ServiceOf, accepted: Accepted) -> Response:
+    """One vector per text, as a list also for one text. In base64, one text per vector."""
     options = Embedding(
         **request.encoding(),
         pooling=request.pooling,
         normalize=request.normalize is not False,
         dimensions=request.dimensions,
+        output_dtype=request.dtype,
     )
     vectors, stats = await service.embed(as_list(request.inputs), options)
-    return _json(service, vectors, stats)
+    if accepted != "application/json":
+        return array_answer(service, list(vectors), stats, accepted)
+    return answer(service, json_list(number_list(row, request.encoding_format) for row in vectors), headers_of(stats))
 
 
-@router.post("/embed_all", response_model=list[list[list[float]]])
-async def embed_all(request: EmbedAllRequest, service: ServiceOf) -> Response:
-    """One matrix per text: a row per token, special tokens included. With `return_tokens`, objects that name the tokens."""
-    with_tokens = bool(request.return_tokens)
-    inputs = as_list(request.inputs)
-    matrices, tokens, stats = await service.embed_tokens(inputs, Encoding(**request.encoding()), with_tokens)
-    if with_tokens:
-        named = [[{"text": token.text, "start": token.start, "end": token.end} for token in row] for row in tokens]
-        return _json(service, [{"tokens": row, "embeddings": m} for row, m in zip(named, matrices, strict=True)], stats)
-    return StreamingResponse(json_matrices(matrices), media_type="application/json", headers=headers_of(stats))
+@router.post("/embed_all", response_model=list[list[list[float]] | TokenMatrix], responses=BINARY | _NOT_ACCEPTABLE)
+async def embed_all(request: EmbedAllRequest, service: ServiceOf, accepted: Accepted) -> Response:
+    """One matrix per text: a row per token, special tokens included.
+
+    With `return_tokens` an object that names the tokens; in base64 an object with the shape [tokens, numbers].
+    """
+    with_tokens = bool(request.return_tokens) and accepted == "application/json"
+    options = Encoding(**request.encoding())
+    matrices, tokens, stats = await service.embed_tokens(as_list(request.inputs), options, with_tokens, request.dtype)
+    if accepted != "application/json":
+        return array_answer(service, matrices, stats, accepted)
+    rows = tokens if with_tokens else [None] * len(matrices)
+    items = (_matrix(matrix, row, request.encoding_format) for matrix, row in zip(matrices, rows, strict=True))
+    return answer(service, json_list(items), headers_of(stats))
 
 
 @router.post("/similarity", response_model=list[float] | list[list[float]])
@@ -143,9 +166,9 @@ async def similarity(request: SimilarityRequest, service: ServiceOf) -> Response
     if isinstance(request.inputs, OneToMany):
         source, sentences = [request.inputs.source_sentence], request.inputs.sentences
         scores, stats = await service.similarity(source, sentences, options, metric)
-        return _json(service, scores[0], stats)
+        return json_answer(service, scores[0], stats)
     scores, stats = await service.similarity(request.inputs.a, request.inputs.b, options, metric)
-    return _json(service, scores, stats)
+    return answer(service, json_list(scores), headers_of(stats))
 
 
 @router.post("/tokenize", response_model=list[list[SimpleToken]])
@@ -153,7 +176,7 @@ async def tokenize(request: TokenizeRequest, service: ServiceOf) -> Response:
     """The tokens of each text with their places in it, in characters; nothing is cut."""
     texts = [request.inputs] if isinstance(request.inputs, str) else request.inputs
     rows = await service.tokenize(texts, request.add_special_tokens is not False, request.prompt_name)
-    return _json(
+    return json_answer(
         service,
         [[{"id": t.id, "text": t.text, "special": t.special, "start": t.start, "stop": t.end} for t in row] for row in rows],
     )
@@ -163,37 +186,19 @@ async def tokenize(request: TokenizeRequest, service: ServiceOf) -> Response:
 async def decode(request: DecodeRequest, service: ServiceOf) -> Response:
     """The text of each list of token ids."""
     rows: list[Any] = [request.ids] if request.ids and isinstance(request.ids[0], int) else request.ids
-    return _json(service, await service.decode(rows, request.skip_special_tokens is not False))
+    return json_answer(service, await service.decode(rows, request.skip_special_tokens is not False))
 
 
-def as_list(inputs: str | list[Any]) -> list[Input]:
-    """A single text, or the token ids of one, is a list of one from here on."""
-    lone = isinstance(inputs, str) or (bool(inputs) and isinstance(inputs[0], int))
-    return [inputs] if lone else inputs  # type: ignore[return-value]
+def _matrix(matrix: Array, tokens: list[Token] | None, encoding_format: str | None) -> Any:
+    """A matrix, or an object of it where there is more to say."""
+    if tokens is None and encoding_format != "base64":
+        return matrix
+    item: dict[str, Any] = {"embeddings": number_list(matrix, encoding_format)}
+    if tokens is not None:
+        item = {"tokens": [{"text": token.text, "start": token.start, "end": token.end} for token in tokens], **item}
+    return {**item, "shape": matrix.shape} if encoding_format == "base64" else item
 
 
-def headers_of(stats: Stats) -> Mapping[str, str]:
-    """TEI's headers, in whole milliseconds, and how many texts were cut."""
-    compute = stats.tokenize + stats.queue + stats.infer
-    return {
-        "x-compute-type": stats.device,
-        "x-compute-time": _milliseconds(compute),
-        "x-compute-characters": str(stats.characters),
-        "x-compute-tokens": str(stats.tokens),
-        "x-total-time": _milliseconds(compute),
-        "x-tokenization-time": _milliseconds(stats.tokenize),
-        "x-queue-time": _milliseconds(stats.queue),
-        "x-inference-time": _milliseconds(stats.infer),
-        "x-truncated": str(stats.truncated),
-    }
-
-
-def _milliseconds(seconds: float) -> str:
-    return str(round(seconds * 1000))
-
-
-def _json(service: Service, value: Any, stats: Stats | None = None) -> Response:
-    start = time.perf_counter()
-    content = json_bytes(value)
-    service.metrics.stages["render"].observe(time.perf_counter() - start)
-    return Response(content, media_type="application/json", headers=headers_of(stats) if stats else None)
+def refusal(status: int, word: str, message: str) -> tuple[int, Mapping[str, Any]]:
+    """The body of an error."""
+    return status, {"error": message, "error_type": word}

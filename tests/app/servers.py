@@ -33,6 +33,10 @@ class RunningServer:
     def address(self) -> tuple[str, int]:
         return self.client.base_url.host, self.client.base_url.port
 
+    @property
+    def url(self) -> str:
+        return str(self.client.base_url).rstrip("/")
+
     def post(self, path: str, **body: object) -> httpx.Response:
         return self.client.post(path, json=body)
 

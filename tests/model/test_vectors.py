@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.vectors import compare, finite_rows, normalize, shorten
+from model.vectors import compare, finite_rows, int8_range, normalize, quantize, shorten
 
 ROWS = np.array([[3, 4], [0, 0], [-5, 0], [1e-20, 0]], dtype=np.float32)
 
@@ -76,3 +76,45 @@ def test_rows_that_are_no_numbers_are_found(shape: tuple[int, ...], bad: float) 
     rows = np.zeros(shape, dtype=np.float32)
     rows[2].flat[1] = bad
     assert finite_rows(rows).tolist() == [True, True, False, True]
+
+
+def by_sentence_transformers(rows, precision):
+    """What `sentence_transformers.util.quantize_embeddings` 6.2.0 computes, with the ranges of docs/outputs.md."""
+    if precision == "ubinary":
+        return np.packbits(rows > 0, axis=-1)
+    if precision == "binary":
+        return (np.packbits(rows > 0, axis=-1) - 128).astype(np.int8)
+    ranges = np.array([[-1], [1]], dtype=np.float32) * np.minimum(1, 5 / np.sqrt(rows.shape[-1])).astype(np.float32)
+    steps = (ranges[1] - ranges[0]) / 255
+    values = np.clip(np.floor((rows - ranges[0]) / steps), 0, 255)
+    return values.astype(np.uint8) if precision == "uint8" else (values - 128).astype(np.int8)
+
+
+@pytest.mark.parametrize("dimensions", [1, 7, 8, 20, 384])
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "binary", "ubinary"])
+def test_quantize_gives_the_numbers_of_sentence_transformers(dtype, dimensions: int) -> None:
+    rows = normalize(np.random.default_rng(0).standard_normal((50, dimensions)).astype(np.float32))
+    rows[0, 0] = 1
+    found = quantize(rows, dtype)
+    wanted = by_sentence_transformers(rows, dtype)
+    assert found.dtype == wanted.dtype
+    np.testing.assert_array_equal(found, wanted)
+
+
+def test_quantize_by_hand() -> None:
+    row = np.array([[0.999, -1, 0, 0.25, -0.25, 0.5, 0, 0, 0.1]], dtype=np.float32)
+    assert quantize(row, "uint8").tolist() == [[254, 0, 127, 159, 95, 191, 127, 127, 140]]
+    assert quantize(row, "int8").tolist() == [[126, -128, -1, 31, -33, 63, -1, -1, 12]]
+    assert quantize(row, "ubinary").tolist() == [[0b10010100, 0b10000000]]
+    assert quantize(row, "binary").tolist() == [[0b10010100 - 128, 0]]
+    assert quantize(row, "float16").tolist() == row.astype(np.float16).tolist()
+    assert quantize(row, "float32") is row
+
+
+def test_int8_gives_back_what_it_was_made_of() -> None:
+    rows = normalize(np.random.default_rng(0).standard_normal((50, 384)).astype(np.float32))
+    step = 2 * int8_range(384) / 255
+    kept = (quantize(rows, "uint8") + 0.5) * step - int8_range(384)
+    within = np.abs(rows) < int8_range(384)
+    assert np.abs(kept - rows)[within].max() <= step / 2 + 1e-6
+    assert within.mean() > 0.9999

@@ -1,0 +1,158 @@
+"""The dialect of the OpenAI API: embeddings and models."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from fastapi import APIRouter, Response
+from pydantic import BaseModel, Field, StrictInt, StrictStr
+
+from app.api.answers import BINARY, Accepted, answer, array_answer, headers_of, number_list
+from app.api.fields import Inputs, Output, as_list
+from app.api.json_route import JsonRoute, ServiceOf
+from app.errors import InvalidInput, NotFound
+from app.render import json_bytes, json_list
+from app.service import Embedding, Input, Service
+from model.vectors import Array
+
+_CODES: Mapping[int, str] = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
+_PROMPTS: Mapping[str, Sequence[str]] = {
+    "query": ("query", "search_query"),
+    "document": ("document", "passage", "search_document", "corpus"),
+}
+"""Names that checkpoints give to the prompt of a kind of text, the most usual first."""
+
+
+class Problem(BaseModel):
+    message: str
+    type: Literal["invalid_request_error", "rate_limit_error", "server_error"]
+    param: str | None
+    code: str | None
+
+
+class ErrorEnvelope(BaseModel):
+    """Every refusal on these routes."""
+
+    error: Problem
+
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {"model": ErrorEnvelope, "description": "the request is invalid, or the model of another kind"},
+    401: {"model": ErrorEnvelope, "description": "the key is missing or wrong"},
+    413: {"model": ErrorEnvelope, "description": "the body is too large"},
+    429: {"model": ErrorEnvelope, "description": "overloaded; Retry-After says when to come back"},
+    500: {"model": ErrorEnvelope, "description": "the encoder failed"},
+    503: {"model": ErrorEnvelope, "description": "not ready; Retry-After says when to come back"},
+    504: {"model": ErrorEnvelope, "description": "the deadline passed"},
+    "default": {"model": ErrorEnvelope, "description": "any other refusal"},
+}
+
+
+class EmbeddingRequest(Output):
+    input: Inputs
+    model: StrictStr | None = Field(None, description="of no effect: one model is served, and answers name it")
+    dimensions: StrictInt | None = Field(None, description="keep this many numbers, then normalise; 0 is the same as null")
+    prompt_name: StrictStr | None = Field(None, description="a prompt of the checkpoint to put before each text")
+    input_type: StrictStr | None = Field(None, description="query or document: the checkpoint's prompt for it, if it has one")
+
+
+class EmbeddingItem(BaseModel):
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(BaseModel):
+    object: Literal["list"]
+    model: str
+    usage: Usage
+    data: list[EmbeddingItem]
+
+
+class Model(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "bertd"
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+router = APIRouter(tags=["openai"], responses=_ERRORS, route_class=JsonRoute)
+model_router = APIRouter(tags=["openai"], responses=_ERRORS)
+
+
+@router.post("/embeddings", include_in_schema=False)
+@router.post("/v1/embeddings", response_model=EmbeddingList, responses=BINARY)
+async def embeddings(request: EmbeddingRequest, service: ServiceOf, accepted: Accepted) -> Response:
+    """One vector of length 1 per text."""
+    inputs = as_list(request.input)
+    _check_ids(inputs, service)
+    options = Embedding(
+        prompt_name=request.prompt_name or _prompt_for(request.input_type, service.config.prompts),
+        dimensions=request.dimensions or None,
+        output_dtype=request.dtype,
+    )
+    vectors, stats = await service.embed(inputs, options)
+    if accepted != "application/json":
+        return array_answer(service, list(vectors), stats, accepted)
+    return answer(service, _embedding_list(vectors, request.encoding_format, service.name, stats.tokens), headers_of(stats))
+
+
+@model_router.get("/models", include_in_schema=False)
+@model_router.get("/v1/models")
+async def models(service: ServiceOf) -> ModelList:
+    """The model that is served."""
+    return ModelList(data=[_model(service)])
+
+
+@model_router.get("/models/{name:path}", include_in_schema=False)
+@model_router.get("/v1/models/{name:path}")
+async def model(name: str, service: ServiceOf) -> Model:
+    """The model of that name."""
+    if name.strip("/") != service.name.strip("/"):
+        raise NotFound("no model of that name is served; GET /v1/models names the one that is")
+    return _model(service)
+
+
+def refusal(status: int, word: str, message: str) -> tuple[int, Mapping[str, Any]]:
+    """The envelope of an error. What is wrong with a request is 400 here, as its clients expect."""
+    status = 400 if status in (406, 422, 424) else status
+    kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
+    return status, {"error": {"message": message, "type": kind, "param": None, "code": _CODES.get(status)}}
+
+
+def _check_ids(inputs: Sequence[Input], service: Service) -> None:
+    """Ids of another vocabulary would give a vector of some other text: only those that can be no other's are taken."""
+    for place, item in enumerate(inputs):
+        if item and not isinstance(item, str) and not service.owns(item):
+            raise InvalidInput(
+                f"input[{place}] holds token ids that are not this model's; wanted text (LangChain sends it with "
+                "check_embedding_ctx_length=False), or ids of this model's tokenizer with its special tokens"
+            )
+
+
+def _prompt_for(input_type: str | None, prompts: Mapping[str, str]) -> str | None:
+    kinds = [names for kind, names in _PROMPTS.items() if input_type is not None and input_type in (kind, *names)]
+    return next((name for names in kinds for name in names if name in prompts), None)
+
+
+def _embedding_list(vectors: Array, encoding_format: str | None, name: str, tokens: int) -> Iterator[bytes]:
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    yield json_bytes({"object": "list", "model": name, "usage": usage})[:-1] + b',"data":'
+    yield from json_list(
+        {"object": "embedding", "index": index, "embedding": number_list(vector, encoding_format)}
+        for index, vector in enumerate(vectors)
+    )
+    yield b"}"
+
+
+def _model(service: Service) -> Model:
+    return Model(id=service.name, created=service.started)

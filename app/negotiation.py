@@ -1,0 +1,45 @@
+"""What the headers Accept and Accept-Encoding ask for."""
+
+from typing import Literal
+
+MediaType = Literal["application/json", "application/octet-stream", "application/safetensors"]
+Coding = Literal["gzip", "zstd"]
+
+_MEDIA_TYPES: tuple[MediaType, ...] = ("application/safetensors", "application/octet-stream", "application/json")
+_CODINGS: tuple[Coding, ...] = ("gzip", "zstd")
+
+
+def media_type(accept: str) -> MediaType:
+    """The media type of ours that is preferred among those named; JSON where none is."""
+    weights = _weights(accept)
+    named = [media for media in _MEDIA_TYPES if weights.get(media)]
+    return max(named, key=lambda media: weights[media], default="application/json")
+
+
+def content_coding(accept_encoding: str) -> Coding | None:
+    """The coding that is asked for: gzip or zstd, where it is preferred above every other coding that is named.
+
+    A list of equals, as `gzip, deflate`, is what HTTP libraries send of themselves; it asks for nothing.
+    """
+    weights = _weights(accept_encoding)
+    best = max(weights.values(), default=0.0)
+    preferred = [name for name, weight in weights.items() if weight == best > 0]
+    return next((coding for coding in _CODINGS if preferred == [coding]), None)
+
+
+def _weights(header: str) -> dict[str, float]:
+    """Each name of a header with its q-value (RFC 9110, 12.4.2)."""
+    weights = {}
+    for item in header.lower().split(","):
+        name, *parameters = (part.strip() for part in item.split(";"))
+        values = [value for key, _, value in (parameter.partition("=") for parameter in parameters) if key.strip() == "q"]
+        if name:
+            weights[name] = _weight(values[0]) if values else 1.0
+    return weights
+
+
+def _weight(value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        return 0.0
