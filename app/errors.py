@@ -5,6 +5,7 @@ ServiceError              500 Internal
 ├── Unauthorized          401 Unauthorized
 ├── NotFound              404 NotFound
 ├── BodyTooLarge          413 Validation
+├── TooManyTokens         413 Validation
 ├── InvalidInput          422 Validation
 ├── WrongKind             424 Backend
 ├── Overloaded            429 Overloaded   Retry-After
@@ -44,6 +45,11 @@ class NotFound(ServiceError):
 
 
 class BodyTooLarge(ServiceError):
+    status = 413
+    word = "Validation"
+
+
+class TooManyTokens(ServiceError):
     status = 413
     word = "Validation"
 

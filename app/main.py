@@ -8,7 +8,7 @@ from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Scope
 
-from app.api import ops, tei
+from app.api import chunks, ops, tei
 from app.api.json_route import DirectRoutes, JsonRoute
 from app.auth import RequireKey
 from app.errors import ServiceError
@@ -32,7 +32,8 @@ def create_app(settings: Settings, service: Service | None = None) -> ASGIApp:
         return refusal(error, scope)
 
     api = create_api(settings, metrics, service, refuse)
-    app: ASGIApp = DirectRoutes(api, [route for route in tei.router.routes if isinstance(route, JsonRoute)], refuse)
+    routes = [*tei.router.routes, *chunks.router.routes]
+    app: ASGIApp = DirectRoutes(api, [route for route in routes if isinstance(route, JsonRoute)], refuse)
     app = CancelOnDisconnect(app)
     app = BodyLimit(app, settings.max_body_bytes, refuse)
     if settings.api_key is not None:
@@ -66,6 +67,7 @@ def create_api(settings: Settings, metrics: Metrics, service: Service | None, re
         exception_handlers={ServiceError: on_service_error, HTTPException: _on_http_exception},
     )
     api.include_router(tei.router)
+    api.include_router(chunks.router)
     api.include_router(ops.router)
     return api
 

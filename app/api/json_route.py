@@ -5,7 +5,7 @@ from typing import Annotated, Any, get_type_hints
 
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.routing import APIRoute
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.errors import InvalidInput, ServiceError
@@ -16,7 +16,7 @@ _PROBLEMS = 3  # that one refusal names
 
 
 class JsonRoute(APIRoute):
-    """A route whose endpoint is `async def (request: Model, service) -> Response`.
+    """A route whose endpoint is `async def (request: Model, service) -> Response`; it may take `query: Model` too.
 
     FastAPI documents it from its signature; the body goes from bytes to the model in one step, whatever its content
     type, without FastAPI's json.loads (which lets lone surrogates pass) and its solving of dependencies.
@@ -25,13 +25,15 @@ class JsonRoute(APIRoute):
     def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:  # type: ignore[override]
         endpoint = self.endpoint
         read = TypeAdapter(get_type_hints(endpoint, include_extras=True)["request"]).validate_json
+        query: type[BaseModel] | None = get_type_hints(endpoint).get("query")
 
         async def answer(request: Request) -> Response:
             try:
                 body = read(await request.body())
+                asked = {"query": query.model_validate(dict(request.query_params))} if query else {}
             except ValidationError as error:
                 raise InvalidInput(describe(error)) from None
-            response: Response = await endpoint(body, service_of(request))
+            response: Response = await endpoint(body, service_of(request), **asked)
             return response
 
         return answer

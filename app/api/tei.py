@@ -1,67 +1,37 @@
 """The dialect of Hugging Face text-embeddings-inference, and what we add to it."""
 
-import time
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Query, Response
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel, BeforeValidator, Field, StrictBool, StrictInt, StrictStr
+from pydantic import BaseModel, Field, StrictBool, StrictStr
 
+from app.api.answers import (
+    ERRORS,
+    ErrorBody,
+    TextDetail,
+    headers_of,
+    in_places,
+    json_answer,
+    stream_with_details,
+    with_details,
+)
+from app.api.fields import Common, Finished, Ids, Inputs, PerText, Pooled, as_list
 from app.api.json_route import JsonRoute, ServiceOf
-from app.render import json_bytes, json_matrices
-from app.service import Embedding, Encoding, Input, Service, Stats
-from model.config import PoolingMode
+from app.inputs import Encoding
+from app.render import json_matrices
+from app.service import Embedding
 from model.vectors import Metric
 
-Ids = list[StrictInt]
-Inputs = Annotated[StrictStr | Ids | list[StrictStr | Ids], Field(union_mode="left_to_right")]
-Side = Annotated[Literal["left", "right"], BeforeValidator(lambda side: side.lower() if isinstance(side, str) else side)]
+router = APIRouter(tags=["embed"], responses=ERRORS, route_class=JsonRoute)
+
+PerTextQuery = Annotated[PerText, Query()]
+Vector = list[float]
 
 
-class ErrorBody(BaseModel):
-    """Every refusal on these routes."""
-
-    error: str
-    error_type: str
-
-
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {"model": ErrorBody, "description": "an input is empty"},
-    401: {"model": ErrorBody, "description": "the key is missing or wrong"},
-    413: {"model": ErrorBody, "description": "the body is too large"},
-    422: {"model": ErrorBody, "description": "the request is invalid"},
-    424: {"model": ErrorBody, "description": "the model is of another kind"},
-    429: {"model": ErrorBody, "description": "overloaded; Retry-After says when to come back"},
-    500: {"model": ErrorBody, "description": "the encoder failed"},
-    503: {"model": ErrorBody, "description": "not ready; Retry-After says when to come back"},
-    504: {"model": ErrorBody, "description": "the deadline passed"},
-}
-
-router = APIRouter(tags=["embed"], responses=_ERRORS, route_class=JsonRoute)
-
-
-class Common(BaseModel):
-    """Options of every route that encodes texts; null is the same as absent."""
-
-    truncate: StrictBool | None = Field(None, description="false refuses a text that is too long; default: cut it")
-    truncation_direction: Side | None = Field(None, description="the side on which a long text is cut")
-    prompt_name: StrictStr | None = Field(None, description="a prompt of the checkpoint to put before each text")
-
-    def encoding(self) -> dict[str, Any]:
-        return {"truncate": self.truncate, "side": self.truncation_direction or "right", "prompt_name": self.prompt_name}
-
-
-class Pooled(Common):
-    """Options of routes that make one vector of a text."""
-
-    pooling: PoolingMode | None = Field(None, description="default: the checkpoint's own")
-
-
-class EmbedRequest(Pooled):
+class EmbedRequest(Finished):
     inputs: Inputs
-    normalize: StrictBool | None = Field(None, description="scale each vector to length 1; default true")
-    dimensions: StrictInt | None = Field(None, description="keep this many numbers of each vector, then normalise")
 
 
 class EmbedAllRequest(Common):
@@ -109,43 +79,81 @@ class SimpleToken(BaseModel):
     stop: int | None
 
 
-@router.post("/embed", response_model=list[list[float]])
-async def embed(request: EmbedRequest, service: ServiceOf) -> Response:
+class Embeddings(BaseModel):
+    """The answer of /embed with `details`."""
+
+    embeddings: list[Vector | ErrorBody]
+    details: list[TextDetail]
+
+
+class NamedRow(BaseModel):
+    text: str
+    start: int | None
+    end: int | None
+
+
+class NamedMatrix(BaseModel):
+    tokens: list[NamedRow]
+    embeddings: list[Vector]
+
+
+class Matrices(BaseModel):
+    """The answer of /embed_all with `details`."""
+
+    embeddings: list[list[Vector] | NamedMatrix | ErrorBody]
+    details: list[TextDetail]
+
+
+Scores = list[float | ErrorBody] | list[list[float | ErrorBody] | ErrorBody]
+
+
+class ScoresWithDetails(BaseModel):
+    """The answer of /similarity with `details`: those of the source or of `a` come first."""
+
+    scores: Scores
+    details: list[TextDetail]
+
+
+@router.post("/embed", response_model=list[Vector | ErrorBody] | Embeddings)
+async def embed(request: EmbedRequest, service: ServiceOf, query: PerTextQuery) -> Response:
     """One vector per text, as a list also for one text."""
-    options = Embedding(
-        **request.encoding(),
-        pooling=request.pooling,
-        normalize=request.normalize is not False,
-        dimensions=request.dimensions,
-    )
-    vectors, stats = await service.embed(as_list(request.inputs), options)
-    return _json(service, vectors, stats)
+    vectors, stats = await service.embed(as_list(request.inputs), Embedding(**request.embedding(query)))
+    results = in_places(vectors, stats.details)
+    return json_answer(service, with_details("embeddings", results, stats) if query.details else results, stats)
 
 
-@router.post("/embed_all", response_model=list[list[list[float]]])
-async def embed_all(request: EmbedAllRequest, service: ServiceOf) -> Response:
+@router.post("/embed_all", response_model=list[list[Vector] | NamedMatrix | ErrorBody] | Matrices)
+async def embed_all(request: EmbedAllRequest, service: ServiceOf, query: PerTextQuery) -> Response:
     """One matrix per text: a row per token, special tokens included. With `return_tokens`, objects that name the tokens."""
     with_tokens = bool(request.return_tokens)
     inputs = as_list(request.inputs)
-    matrices, tokens, stats = await service.embed_tokens(inputs, Encoding(**request.encoding()), with_tokens)
+    results: Sequence[Any]
+    results, tokens, stats = await service.embed_tokens(inputs, Encoding(**request.encoding(query)), with_tokens)
     if with_tokens:
         named = [[{"text": token.text, "start": token.start, "end": token.end} for token in row] for row in tokens]
-        return _json(service, [{"tokens": row, "embeddings": m} for row, m in zip(named, matrices, strict=True)], stats)
-    return StreamingResponse(json_matrices(matrices), media_type="application/json", headers=headers_of(stats))
+        results = [{"tokens": row, "embeddings": matrix} for row, matrix in zip(named, results, strict=True)]
+    content = json_matrices(in_places(results, stats.details))
+    if query.details:
+        content = stream_with_details("embeddings", content, stats)
+    return StreamingResponse(content, media_type="application/json", headers=headers_of(stats))
 
 
-@router.post("/similarity", response_model=list[float] | list[list[float]])
-async def similarity(request: SimilarityRequest, service: ServiceOf) -> Response:
+@router.post("/similarity", response_model=Scores | ScoresWithDetails)
+async def similarity(request: SimilarityRequest, service: ServiceOf, query: PerTextQuery) -> Response:
     """One text against many: a list of scores. Many against many (`a`, `b`): the whole matrix."""
     parameters = request.parameters or SimilarityParameters()
-    metric = parameters.metric or "cosine"
-    options = Embedding(**parameters.encoding(), pooling=parameters.pooling, normalize=False)  # the metric does it
-    if isinstance(request.inputs, OneToMany):
-        source, sentences = [request.inputs.source_sentence], request.inputs.sentences
-        scores, stats = await service.similarity(source, sentences, options, metric)
-        return _json(service, scores[0], stats)
-    scores, stats = await service.similarity(request.inputs.a, request.inputs.b, options, metric)
-    return _json(service, scores, stats)
+    options = Embedding(**parameters.encoding(query), pooling=parameters.pooling, normalize=False)  # the metric does it
+    inputs = request.inputs
+    a, b = ([inputs.source_sentence], inputs.sentences) if isinstance(inputs, OneToMany) else (inputs.a, inputs.b)
+    scores, stats = await service.similarity(a, b, options, parameters.metric or "cosine")
+    of_a, of_b = stats.details[: len(a)], stats.details[len(a) :]
+    if isinstance(inputs, ManyToMany):
+        results = in_places([in_places(row, of_b) for row in scores], of_a)
+    elif of_a[0].error:
+        raise of_a[0].error  # without it there is no score, and it has no place of its own
+    else:
+        results = in_places(scores[0], of_b)
+    return json_answer(service, with_details("scores", results, stats) if query.details else results, stats)
 
 
 @router.post("/tokenize", response_model=list[list[SimpleToken]])
@@ -153,7 +161,7 @@ async def tokenize(request: TokenizeRequest, service: ServiceOf) -> Response:
     """The tokens of each text with their places in it, in characters; nothing is cut."""
     texts = [request.inputs] if isinstance(request.inputs, str) else request.inputs
     rows = await service.tokenize(texts, request.add_special_tokens is not False, request.prompt_name)
-    return _json(
+    return json_answer(
         service,
         [[{"id": t.id, "text": t.text, "special": t.special, "start": t.start, "stop": t.end} for t in row] for row in rows],
     )
@@ -163,37 +171,4 @@ async def tokenize(request: TokenizeRequest, service: ServiceOf) -> Response:
 async def decode(request: DecodeRequest, service: ServiceOf) -> Response:
     """The text of each list of token ids."""
     rows: list[Any] = [request.ids] if request.ids and isinstance(request.ids[0], int) else request.ids
-    return _json(service, await service.decode(rows, request.skip_special_tokens is not False))
-
-
-def as_list(inputs: str | list[Any]) -> list[Input]:
-    """A single text, or the token ids of one, is a list of one from here on."""
-    lone = isinstance(inputs, str) or (bool(inputs) and isinstance(inputs[0], int))
-    return [inputs] if lone else inputs  # type: ignore[return-value]
-
-
-def headers_of(stats: Stats) -> Mapping[str, str]:
-    """TEI's headers, in whole milliseconds, and how many texts were cut."""
-    compute = stats.tokenize + stats.queue + stats.infer
-    return {
-        "x-compute-type": stats.device,
-        "x-compute-time": _milliseconds(compute),
-        "x-compute-characters": str(stats.characters),
-        "x-compute-tokens": str(stats.tokens),
-        "x-total-time": _milliseconds(compute),
-        "x-tokenization-time": _milliseconds(stats.tokenize),
-        "x-queue-time": _milliseconds(stats.queue),
-        "x-inference-time": _milliseconds(stats.infer),
-        "x-truncated": str(stats.truncated),
-    }
-
-
-def _milliseconds(seconds: float) -> str:
-    return str(round(seconds * 1000))
-
-
-def _json(service: Service, value: Any, stats: Stats | None = None) -> Response:
-    start = time.perf_counter()
-    content = json_bytes(value)
-    service.metrics.stages["render"].observe(time.perf_counter() - start)
-    return Response(content, media_type="application/json", headers=headers_of(stats) if stats else None)
+    return json_answer(service, await service.decode(rows, request.skip_special_tokens is not False))
