@@ -246,6 +246,18 @@ def test_late_chunks_are_means_over_the_rows_of_the_matrix(server, text):
         np.testing.assert_allclose(chunk["embedding"], rows[inside].mean(axis=0), atol=1e-5)
 
 
+def test_a_late_chunk_knows_what_stands_around_it(server):
+    """The figures of the README."""
+    text = "The river bank was flooded. It stood in water for days."
+    (asked,) = array(ask(server, "/embed", inputs="What happened to the river bank?").json())
+    cosines = {}
+    for late in (False, True):
+        first, second = ask(server, "/embed_chunks", inputs=text, chunk_tokens=7, late=late).json()[0]
+        assert [(first["start"], first["end"]), (second["start"], second["end"])] == [(0, 27), (28, 55)]
+        cosines[late] = asked @ array(second["embedding"])
+    assert cosines == pytest.approx({False: 0.38, True: 0.57}, abs=0.01)
+
+
 def test_chunks_have_details_and_errors_in_their_places(server):
     texts = ["One two. Three four.", "", "   ", "x"]
     for late, detail in {

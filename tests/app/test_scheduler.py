@@ -291,7 +291,7 @@ async def test_a_short_text_is_not_held_up_by_the_windows_of_two_long_ones():
     batches = len(engine.batches)
     while not short.done():
         await engine.answer()
-    assert len(engine.batches) <= batches + 2
+    assert any([3, 3] in rows for _, rows, _ in engine.batches[batches : batches + 2])  # after a row of each, no more
     assert not any(job.done() for job in long)
     assert firsts(await short) == [3]
     while not all(job.done() for job in long):

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import random_rows
+from reference import random_rows, sentence_transformers_layout
 
 from model.cpu import CpuRunner
 from model.encoder import Encoder
@@ -91,7 +92,6 @@ def test_a_text_that_fits_is_left_as_it_is(runner: CpuRunner, pooling) -> None:
     pieces = split(tokens, LIMIT)
     assert pieces.rows == [tokens]
     vectors, matrices = runner(pieces.rows, pooling), runner.hidden([tokens])
-    assert pieces.vector(vectors, pooling) is not None
     np.testing.assert_array_equal(pieces.vector(vectors, pooling), runner([tokens], pooling)[0])
     np.testing.assert_array_equal(pieces.matrix(matrices), matrices[0])
 
@@ -107,6 +107,22 @@ def test_the_vector_pools_the_rows_of_all_windows(runner: CpuRunner) -> None:
     firsts = runner(pieces.rows, "cls")
     weights = np.array([len(row) for row in pieces.rows])
     np.testing.assert_allclose(pieces.vector(firsts, "cls"), (firsts * weights[:, None]).sum(axis=0) / weights.sum(), atol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean", "last"])
+def test_an_affine_projection_may_come_before_the_merge(folder: Path, make_checkpoint: Callable[..., Path], pooling) -> None:
+    """The mean of projected windows is the projected mean; the runner projects each window."""
+    weight, bias = torch.randn(8, 32, generator=torch.manual_seed(0)), torch.arange(8.0)
+    dense = {"in_features": 32, "out_features": 8, "bias": True, "activation_function": "torch.nn.modules.linear.Identity"}
+    modes = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens", "last": "pooling_mode_lasttoken"}
+    layout = sentence_transformers_layout(
+        folder, {modes[pooling]: True}, [(dense, {"linear.weight": weight, "linear.bias": bias})]
+    )
+    projected, plain = CpuRunner(Encoder.from_folder(layout)), CpuRunner(Encoder.from_folder(make_checkpoint()))
+    (tokens,) = random_rows([40])
+    pieces = split(tokens, LIMIT)
+    wanted = pieces.vector(plain(pieces.rows, pooling), pooling) @ weight.numpy().T + bias.numpy()
+    np.testing.assert_allclose(pieces.vector(projected(pieces.rows, pooling), pooling), wanted, atol=1e-4)
 
 
 @pytest.mark.parametrize(("limit", "overlap"), [(2, 0), (1, 0), (4, 2), (4, -1)])
