@@ -84,7 +84,7 @@ class Encoded:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Span:
     """Where a chunk stands: `text[start:end]` in code points, and its rows `matrix[first:last]`."""
 
     start: int
@@ -106,8 +106,6 @@ class Reader:
     async def read(self, inputs: Sequence[Input], options: Encoding, overlap: float = 0.0, with_offsets: bool = False) -> Encoded:
         """Texts as rows that the encoder can take. Windows of a split text share a part of `overlap` with their neighbours."""
         start = time.perf_counter()
-        if not options.partial:
-            check_not_empty(inputs)
         prompt = self.prompt(options.prompt_name)
         size = _size(inputs) + len(prompt) * sum(isinstance(item, str) for item in inputs)
         items = await self.off_loop(lambda: self._items(inputs, prompt, options, overlap, with_offsets), size)
@@ -115,7 +113,7 @@ class Reader:
 
     async def read_chunks(
         self, texts: Sequence[str], options: Encoding, chunk_tokens: int, overlap_tokens: int, overlap: float, late: bool
-    ) -> tuple[Encoded, list[list[Place]]]:
+    ) -> tuple[Encoded, list[list[Span]]]:
         """Where the chunks of each text stand; with the texts, encoded in windows if `late`, else in a row per chunk."""
         whole = replace(options, on_overflow=options.on_overflow or "split")
         encoded = await self.read(texts, whole, overlap, with_offsets=True)
@@ -123,21 +121,21 @@ class Reader:
         shift = len(self.prompt(options.prompt_name))
         limits = chunk_tokens, overlap_tokens
 
-        def find() -> list[list[Place]]:
-            return [_places(text, item, shift, *limits) for text, item in zip(texts, encoded.items, strict=True)]
+        def find() -> list[list[Span]]:
+            return [_spans(text, item, shift, *limits) for text, item in zip(texts, encoded.items, strict=True)]
 
-        places = await self.off_loop(find, encoded.characters)
-        self.check_tokens(place.last - place.first for its in places for place in its)
-        return encoded if late else await self._alone(texts, encoded, places, options), places
+        spans = await self.off_loop(find, encoded.characters)
+        self.check_tokens(span.last - span.first for its in spans for span in its)
+        return encoded if late else await self._alone(texts, encoded, spans, options), spans
 
-    async def _alone(self, texts: Sequence[str], whole: Encoded, places: list[list[Place]], options: Encoding) -> Encoded:
+    async def _alone(self, texts: Sequence[str], whole: Encoded, spans: list[list[Span]], options: Encoding) -> Encoded:
         """The same texts, with each chunk as a text of its own."""
-        chunks = [text[place.start : place.end] for text, its in zip(texts, places, strict=True) for place in its]
+        chunks = [text[span.start : span.end] for text, its in zip(texts, spans, strict=True) for span in its]
         encoded = await self.read(chunks, replace(options, on_overflow="truncate", partial=False))
         rows = iter(encoded.rows)
         items = [
             replace(item, pieces=replace(item.pieces, rows=list(islice(rows, len(its))))) if isinstance(item, Item) else item
-            for item, its in zip(whole.items, places, strict=True)
+            for item, its in zip(whole.items, spans, strict=True)
         ]
         return Encoded(items, whole.characters, whole.seconds + encoded.seconds)
 
@@ -197,22 +195,16 @@ class Reader:
         items: list[Item | ServiceError] = []
         for place, item in enumerate(inputs):
             try:
-                row = next(encoded) if isinstance(item, str) else self._row_of_ids(item, limit, options.side)
-                check_not_empty([item])
+                row = next(encoded) if isinstance(item, str) else self._tokenizer.encode_ids(item, limit, options.side)
+                _check_not_empty(item)
                 if row.cut and on_overflow == "error":
                     raise self._too_long("the text" if options.partial else f"inputs[{place}]", row)
                 items.append(self._item(row, prompt if isinstance(item, str) else "", overlap))
-            except ServiceError as error:
+            except (ServiceError, InvalidTokens) as error:
                 if not options.partial:
                     raise
-                items.append(error)
+                items.append(error if isinstance(error, ServiceError) else InvalidInput(str(error)))
         return items
-
-    def _row_of_ids(self, ids: list[int], limit: int, side: Side) -> Tokens:
-        try:
-            return self._tokenizer.encode_ids(ids, limit, side)
-        except InvalidTokens as error:
-            raise InvalidInput(str(error)) from None
 
     def _item(self, row: Tokens, prompt: str, overlap: float) -> Item:
         """Each window is framed as the whole text is, prompt included: without it a model takes a text for another kind."""
@@ -225,9 +217,7 @@ class Reader:
             before += _common(ids, row.ids[before : before + len(ids)].tolist())
         room = limit - before - after
         if room < 1:
-            raise InvalidInput(
-                f"the prompt leaves no room for a text in {limit} tokens; take a shorter prompt or on_overflow: error"
-            )
+            raise InvalidInput(f"the prompt leaves a text no room in {limit} tokens; take a shorter one or on_overflow: truncate")
         return Item(row, split(row, limit, before, after, int(overlap * room)))
 
     def _too_long(self, subject: str, row: Tokens) -> InvalidInput:
@@ -251,10 +241,9 @@ class Reader:
         ]
 
 
-def check_not_empty(inputs: Sequence[Input]) -> None:
-    for item in inputs:
-        if not item:
-            raise EmptyInput(f"an input is empty; wanted {'a text' if isinstance(item, str) else 'a list of token ids'}")
+def _check_not_empty(item: Input) -> None:
+    if not item:
+        raise EmptyInput(f"an input is empty; wanted {'a text' if isinstance(item, str) else 'a list of token ids'}")
 
 
 def _size(inputs: Sequence[Input]) -> int:
@@ -266,13 +255,13 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
     return next((place for place, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def _places(text: str, item: Item | ServiceError, shift: int, chunk_tokens: int, overlap_tokens: int) -> list[Place]:
+def _spans(text: str, item: Item | ServiceError, shift: int, chunk_tokens: int, overlap_tokens: int) -> list[Span]:
     """The chunks of a text whose tokens have offsets that count from `shift` characters before it."""
     if isinstance(item, ServiceError) or item.tokens.offsets is None:
         return []
     rows = np.flatnonzero(item.tokens.offsets[:, 1] > shift)  # those of the text: neither special nor of the prompt
     offsets = np.maximum(item.tokens.offsets[rows] - shift, 0).tolist()
     return [
-        Place(*characters(text, offsets, first, last), int(rows[first]), int(rows[last - 1]) + 1)
+        Span(*characters(text, offsets, first, last), int(rows[first]), int(rows[last - 1]) + 1)
         for first, last in chunk_spans(text, offsets, chunk_tokens, overlap_tokens)
     ]

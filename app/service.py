@@ -12,7 +12,7 @@ import numpy as np
 
 from app.engine import HIDDEN, Engine, EngineOptions
 from app.errors import DeadlineExceeded, EmptyInput, InvalidInput, NotReady, ServiceError, WrongKind
-from app.inputs import TOKENIZERS, Encoded, Encoding, Input, Item, Place, Reader, Token
+from app.inputs import TOKENIZERS, Encoded, Encoding, Input, Item, Reader, Span, Token
 from app.metrics import Metrics
 from app.scheduler import Answer, Outcome, Scheduler
 from app.settings import Settings
@@ -141,12 +141,12 @@ class Service:
         pooling = self._pooling(options.pooling)
         self._check_chunking(options)
         limits = options.chunk_tokens, options.overlap_tokens
-        encoded, places = await self._reader.read_chunks(texts, options, *limits, _CONTEXT, options.late)
+        encoded, spans = await self._reader.read_chunks(texts, options, *limits, _CONTEXT, options.late)
         if options.late:
             outcomes, stats = await self._infer(encoded, HIDDEN, Pieces.matrix, options.partial)
         else:
             outcomes, stats = await self._infer(encoded, pooling, lambda _, vectors: np.array(vectors), options.partial)
-        return [self._chunks(*pair, options) for pair in zip(outcomes, places, strict=True)], stats
+        return [self._chunks(*pair, options) for pair in zip(outcomes, spans, strict=True)], stats
 
     async def similarity(
         self, a: Sequence[str], b: Sequence[str], options: Embedding, metric: Metric
@@ -206,8 +206,8 @@ class Service:
         rows = encoded.rows
         self._reader.check_tokens(map(len, rows))
         answer = await self._submit(rows, task)
-        few = len(rows) == len(encoded.items)  # pieces to merge
-        outcomes = await self._reader.off_loop(lambda: _merged(encoded, answer, merge), 0 if few else encoded.characters)
+        size = 0 if len(rows) == len(encoded.items) else encoded.characters  # nothing to merge, or something
+        outcomes = await self._reader.off_loop(lambda: _merged(encoded, answer, merge), size)
         for outcome in outcomes:
             if isinstance(outcome, NotReady) or (isinstance(outcome, ServiceError) and not partial):
                 raise outcome
@@ -230,12 +230,12 @@ class Service:
         vectors = shorten(np.stack(rows), options.dimensions)
         return normalize(vectors) if options.normalize else vectors
 
-    def _chunks(self, outcome: Outcome, places: list[Place], options: Chunking) -> list[Chunk]:
+    def _chunks(self, outcome: Outcome, spans: list[Span], options: Chunking) -> list[Chunk]:
         """The chunks of a text out of its token matrix if `late`, else out of one vector per chunk: [C, out]."""
-        if isinstance(outcome, ServiceError) or not places:
+        if isinstance(outcome, ServiceError) or not spans:
             return []
-        rows = [outcome[place.first : place.last].mean(axis=0) for place in places] if options.late else outcome
-        return [Chunk(place.start, place.end, vector) for place, vector in zip(places, self._finish(rows, options), strict=True)]
+        rows = [outcome[span.first : span.last].mean(axis=0) for span in spans] if options.late else outcome
+        return [Chunk(span.start, span.end, vector) for span, vector in zip(spans, self._finish(rows, options), strict=True)]
 
     def _pooling(self, asked: PoolingMode | None) -> PoolingMode:
         pooling = asked or self.settings.pooling or self.config.pooling

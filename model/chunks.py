@@ -10,12 +10,14 @@ from numpy.typing import NDArray
 Offsets = Sequence[tuple[int, int]]
 """Of each token, the characters of the text that it covers: start, and the one after the last."""
 
-_INSIDE, _BESIDE, _WORD, _SENTENCE = range(4)  # how good a place between two tokens is to part a text
+_INSIDE, _BESIDE, _WORD, _SENTENCE = range(4)  # how good a pause there is between two tokens
 _MARKS = (".", "!", "?")  # end a sentence where a space follows: there is none in 3.14
 _FULL_WIDTH_MARKS = ("。", "！", "？")  # end a sentence by themselves
 _CLOSING = "\"'”’»)]}」』）】》"  # belong to the sentence before them
+_SAME_SENTENCE = _CLOSING + "".join(_FULL_WIDTH_MARKS)
 _LINE_ENDS = frozenset("\n\r\v\f\x85\u2028\u2029")
-_LEANING = frozenset(("Mn", "Mc", "Me", "Cf", "Sk"))  # accents, joiners, skin tones: parts of what stands before them
+_LEANING = frozenset(("Mn", "Mc", "Me", "Cf"))  # accents and joiners: parts of what stands before them, as skin tones are
+_SKIN_TONES = "🏻🏼🏽🏾🏿"
 
 
 def chunk_spans(text: str, offsets: Offsets, chunk_tokens: int, overlap_tokens: int = 0) -> Iterator[tuple[int, int]]:
@@ -24,12 +26,12 @@ def chunk_spans(text: str, offsets: Offsets, chunk_tokens: int, overlap_tokens: 
     A chunk ends at the last sentence's end that it can hold, else at the last space, else beside a word. The next one
     starts with a word, at most `overlap_tokens` (fewer than `chunk_tokens`) before that end.
     """
-    places = _places(text, offsets)
+    pauses = _pauses(text, offsets)
     first, last = 0, 0
     while last < len(offsets):
-        last = _end(places, first + overlap_tokens + 1, min(first + chunk_tokens, len(offsets)))
+        last = _end(pauses, first + overlap_tokens + 1, min(first + chunk_tokens, len(offsets)))
         yield first, last
-        first = _start(places, last - overlap_tokens, last)
+        first = _start(pauses, last - overlap_tokens, last)
 
 
 def characters(text: str, offsets: Offsets, first: int, last: int) -> tuple[int, int]:
@@ -41,27 +43,27 @@ def characters(text: str, offsets: Offsets, first: int, last: int) -> tuple[int,
     return start, end
 
 
-def _end(places: NDArray[np.int8], low: int, high: int) -> int:
-    """The best place from `low` to `high`, of equal ones the last."""
-    if high == len(places) - 1:
+def _end(pauses: NDArray[np.int8], low: int, high: int) -> int:
+    """The best pause from `low` to `high`, of equal ones the last."""
+    if high == len(pauses) - 1:
         return high
-    return high - int(np.argmax(places[low : high + 1][::-1]))
+    return high - int(np.argmax(pauses[low : high + 1][::-1]))
 
 
-def _start(places: NDArray[np.int8], low: int, high: int) -> int:
-    """The first place from `low` on that is not inside a word; `high` where there is none before it."""
-    outside = np.flatnonzero(places[low:high] > _INSIDE)
+def _start(pauses: NDArray[np.int8], low: int, high: int) -> int:
+    """The first pause from `low` on that is not inside a word; `high` where there is none before it."""
+    outside = np.flatnonzero(pauses[low:high] > _INSIDE)
     return low + int(outside[0]) if len(outside) else high
 
 
-def _places(text: str, offsets: Offsets) -> NDArray[np.int8]:
-    """How good the place before each token is, and that after the last: [L + 1]."""
-    between = [_place(text, end, start) for (_, end), (start, _) in pairwise(offsets)]
+def _pauses(text: str, offsets: Offsets) -> NDArray[np.int8]:
+    """The pause before each token, and that after the last: [L + 1]."""
+    between = [_pause(text, end, start) for (_, end), (start, _) in pairwise(offsets)]
     return np.array([_SENTENCE, *between, _SENTENCE], dtype=np.int8)
 
 
-def _place(text: str, end: int, start: int) -> int:
-    """How good a place the characters [end, start) between two tokens are."""
+def _pause(text: str, end: int, start: int) -> int:
+    """The pause between two tokens, of which one ends where the other starts or some characters before."""
     if start < max(end, 1) or start == len(text):
         return _INSIDE  # pieces of one character: Hangul is taken apart
     gap = text[end:start]
@@ -69,13 +71,13 @@ def _place(text: str, end: int, start: int) -> int:
         return _SENTENCE
     spaced = any(map(str.isspace, gap))
     sentence = text[max(0, end - 4) : end].rstrip(_CLOSING)
-    if sentence.endswith(_FULL_WIDTH_MARKS) and (spaced or text[start] not in _CLOSING + "".join(_FULL_WIDTH_MARKS)):
+    if sentence.endswith(_FULL_WIDTH_MARKS) and (spaced or text[start] not in _SAME_SENTENCE):
         return _SENTENCE
     if spaced:
         return _SENTENCE if sentence.endswith(_MARKS) else _WORD
     before, after = text[start - 1], text[start]
     joined = before.isalnum() and after.isalnum() and not (_ideographic(before) or _ideographic(after))
-    leaning = unicodedata.category(before) == "Cf" or unicodedata.category(after) in _LEANING
+    leaning = unicodedata.category(before) == "Cf" or unicodedata.category(after) in _LEANING or after in _SKIN_TONES
     return _INSIDE if joined or leaning else _BESIDE
 
 
