@@ -99,22 +99,23 @@ def embed(settings: Settings, file: Path, output: Path | None, **options: Any) -
     if target.suffix not in _WRITERS:
         raise Failure(f"{target} ends in {target.suffix or 'nothing'}; wanted one of {', '.join(_WRITERS)}")
     texts = _read_texts(file)
-    unlimited = {"max_queue_tokens": _UNLIMITED, "max_client_batch_size": _CHUNK, "request_timeout": float(_UNLIMITED)}
+    limits = ("max_queue_tokens", "max_request_tokens", "request_timeout")
+    unlimited = {**dict.fromkeys(limits, _UNLIMITED), "max_client_batch_size": _CHUNK}
 
     async def run(service: Any) -> None:
-        _WRITERS[target.suffix](target, texts, await _embed_all(service, texts, options))
+        _WRITERS[target.suffix](target, texts, await _embed_all(service, file, texts, options))
 
     _with_service(settings.model_copy(update=unlimited), run)
     print(f"{len(texts)} vectors in {target}", file=sys.stderr)
 
 
-async def _embed_all(service: Any, texts: list[str], options: Mapping[str, Any]) -> Any:
+async def _embed_all(service: Any, file: Path, texts: list[str], options: Mapping[str, Any]) -> Any:
     import numpy as np
     from tqdm import tqdm
 
     from app.service import Embedding
 
-    how = Embedding(**options)
+    how = Embedding(**options, partial=True)
     chunks = [texts[start : start + _CHUNK] for start in range(0, len(texts), _CHUNK)]
     vectors, truncated = [], 0
     with tqdm(total=len(texts), unit="text", disable=None) as progress:
@@ -122,6 +123,9 @@ async def _embed_all(service: Any, texts: list[str], options: Mapping[str, Any])
         for following in [*chunks[1:], None]:
             current, coming = coming, asyncio.ensure_future(service.embed(following, how)) if following else coming
             rows, stats = await current
+            for number, detail in enumerate(stats.details, int(progress.n) + 1):
+                if detail.error:
+                    raise Failure(f"{file}, line {number}: {detail.error}")
             vectors.append(rows)
             truncated += stats.truncated
             progress.update(len(rows))

@@ -6,6 +6,7 @@ ServiceError              500 Internal
 ├── NotFound              404 NotFound
 ├── NotAcceptable         406 Validation
 ├── BodyTooLarge          413 Validation
+├── TooManyTokens         413 Validation
 ├── InvalidInput          422 Validation
 ├── WrongKind             424 Backend
 ├── Overloaded            429 Overloaded   Retry-After
@@ -50,6 +51,11 @@ class NotAcceptable(ServiceError):
 
 
 class BodyTooLarge(ServiceError):
+    status = 413
+    word = "Validation"
+
+
+class TooManyTokens(ServiceError):
     status = 413
     word = "Validation"
 

@@ -2,45 +2,34 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from typing import Any, TypeVar
+from itertools import islice
+from typing import Any
 
 import numpy as np
 
 from app.engine import HIDDEN, Engine, EngineOptions
-from app.errors import DeadlineExceeded, EmptyInput, InvalidInput, ServiceError
+from app.errors import DeadlineExceeded, EmptyInput, InvalidInput, NotReady, ServiceError, WrongKind
+from app.inputs import TOKENIZERS, Encoded, Encoding, Input, Item, Reader, Span, Token
 from app.metrics import Metrics
-from app.scheduler import Answer, Scheduler
+from app.scheduler import Answer, Outcome, Scheduler
 from app.settings import Settings
 from model.config import ModelConfig, PoolingMode, transformer_folder, weight_files
-from model.errors import InvalidTokens
 from model.hub import digest, find_model
-from model.tokenizer import Side, Text, Tokenizer
+from model.tokenizer import Tokenizer
 from model.tokens import Tokens
 from model.vectors import Array, FloatArray, Metric, OutputDtype, compare, normalize, quantize, shorten
+from model.windows import Pieces
 
-Input = str | list[int]
-"""A text, or the ids of a text that the client has tokenized."""
+Merge = Callable[[Pieces, list[FloatArray]], FloatArray]
+"""What the engine gave for the pieces of a text, as one array."""
 
 VERSION = version("bertd")
 
-_TOKENIZERS = 2  # threads that tokenize; the library releases the interpreter lock
-_SMALL = 1000  # characters that are tokenized in the event loop: 0.1 ms, what a thread costs
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """How texts become tokens. None leaves a choice to the server or the model."""
-
-    truncate: bool | None = None
-    side: Side = "right"
-    prompt_name: str | None = None
+_CONTEXT = 0.25  # of a window that it shares with its neighbour where the rows of single tokens are wanted
 
 
 @dataclass(frozen=True)
@@ -51,6 +40,37 @@ class Embedding(Encoding):
     normalize: bool = True
     dimensions: int | None = None
     output_dtype: OutputDtype = "float32"
+
+
+@dataclass(frozen=True)
+class Chunking(Embedding):
+    """How a text is parted: chunks of so many of its tokens, special ones and a prompt's not counted.
+
+    late  a chunk's vector is the mean over its rows of the whole text's matrix (arXiv 2409.04701), not that of its text alone
+    """
+
+    chunk_tokens: int = 128
+    overlap_tokens: int = 0
+    late: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """`text[start:end]`, in code points of the client's text."""
+
+    start: int
+    end: int
+    embedding: FloatArray
+
+
+@dataclass(frozen=True, slots=True)
+class Detail:
+    """What was done to one text: tokens that were encoded for it, whether it was cut, in how many pieces; or why it failed."""
+
+    tokens: int
+    truncated: bool
+    pieces: int
+    error: ServiceError | None = None
 
 
 @dataclass(frozen=True)
@@ -65,26 +85,7 @@ class Stats:
     queue: float
     infer: float
     device: str
-
-
-@dataclass(frozen=True)
-class Token:
-    """A token as the client reads it: `text[start:end]` in characters; special tokens have no place in the text."""
-
-    id: int
-    text: str
-    special: bool
-    start: int | None
-    end: int | None
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Texts on their way to the engine."""
-
-    rows: list[Tokens]
-    characters: int
-    seconds: float
+    details: list[Detail]
 
 
 class Service:
@@ -106,57 +107,76 @@ class Service:
         self.scheduler = scheduler
         self.name = settings.served_model_name or settings.model
         self.started = int(time.time())
-        self._tokenizer = tokenizer
-        self._threads = ThreadPoolExecutor(max_workers=facts["tokenization_workers"], thread_name_prefix="tokenize")
+        self.reader = Reader(settings, config, tokenizer)
 
     async def embed(self, inputs: Sequence[Input], options: Embedding) -> tuple[Array, Stats]:
-        """One vector per text: [N, out] of the output dtype."""
+        """One vector per text: [N, out] of the output dtype. With `partial`, the row of a text that failed is zeros and its
+        detail says why."""
         _check_dtype(options.output_dtype, options.normalize)
-        pooling = self._pooling(options.pooling)
+        self._check_list(inputs)
         self._check_dimensions(options.dimensions)
-        encoded = await self._encode(inputs, options)
-        answer = await self._infer(encoded.rows, pooling)
-        vectors = shorten(np.stack(_results(answer)), options.dimensions)
-        vectors = normalize(vectors) if options.normalize else vectors
-        (rows,) = await self._quantize([vectors], options.output_dtype)
-        return rows, self._account(encoded, answer)
+        pooling = self._pooling(options.pooling)
+        encoded = await self.reader.read(inputs, options)
+        outcomes, stats = await self._infer(
+            encoded, pooling, lambda pieces, vectors: pieces.vector(vectors, pooling), options.partial
+        )
+        (rows,) = await self._quantize([self._finish(outcomes, options)], options.output_dtype)
+        return rows, stats
 
     async def embed_tokens(
         self, inputs: Sequence[Input], options: Encoding, with_tokens: bool = False, output_dtype: OutputDtype = "float32"
     ) -> tuple[list[Array], list[list[Token]], Stats]:
-        """One matrix [L, H] per text, special tokens included; with the tokens that its rows stand for where asked."""
+        """One matrix [L, H] per text, special tokens included; with the tokens that its rows stand for where asked.
+
+        With `partial`, a text that failed has no rows and its detail says why.
+        """
         _check_dtype(output_dtype, normalized=False)
-        encoded = await self._encode(inputs, options, with_offsets=with_tokens)
-        answer = await self._infer(encoded.rows, HIDDEN)
-        prompt = self._prompt(options.prompt_name)
-        tokens = [self._describe(*pair, prompt) for pair in zip(inputs, encoded.rows, strict=True)] if with_tokens else []
-        return await self._quantize(_results(answer), output_dtype), tokens, self._account(encoded, answer)
+        self._check_list(inputs)
+        encoded = await self.reader.read(inputs, options, _CONTEXT, with_offsets=with_tokens)
+        outcomes, stats = await self._infer(encoded, HIDDEN, Pieces.matrix, options.partial)
+        nothing = np.empty((0, self.config.bert.hidden_size), dtype=np.float32)
+        matrices = [nothing if isinstance(outcome, ServiceError) else outcome for outcome in outcomes]
+        tokens = self.reader.name_tokens(inputs, encoded, options.prompt_name) if with_tokens else []
+        return await self._quantize(matrices, output_dtype), tokens, stats
+
+    async def embed_chunks(self, texts: Sequence[str], options: Chunking) -> tuple[list[list[Chunk]], Stats]:
+        """The chunks of each text, in order; of a text of any length where `on_overflow` does not say otherwise.
+
+        With `partial`, a text that failed has no chunks and its detail says why.
+        """
+        self._check_list(texts)
+        self._check_dimensions(options.dimensions)
+        pooling = self._pooling(options.pooling)
+        self._check_chunking(options)
+        limits = options.chunk_tokens, options.overlap_tokens
+        encoded, spans = await self.reader.read_chunks(texts, options, *limits, _CONTEXT, options.late)
+        if options.late:
+            outcomes, stats = await self._infer(encoded, HIDDEN, Pieces.matrix, options.partial)
+        else:
+            outcomes, stats = await self._infer(encoded, pooling, lambda _, vectors: np.array(vectors), options.partial)
+        return [self._chunks(*pair, options) for pair in zip(outcomes, spans, strict=True)], stats
 
     async def similarity(
         self, a: Sequence[str], b: Sequence[str], options: Embedding, metric: Metric
     ) -> tuple[FloatArray, Stats]:
-        """Every text of `a` against every text of `b`: [len(a), len(b)]."""
-        _check_not_empty([*a], "a list of texts")
-        _check_not_empty([*b], "a list of texts")
+        """Every text of `a` against every text of `b`: [len(a), len(b)]; of no meaning beside a text that failed, with `partial`.
+
+        The details are those of `a`, then those of `b`.
+        """
+        for texts in (a, b):
+            _check_not_empty(texts, "a list of texts")
         vectors, stats = await self.embed([*a, *b], options)
         return compare(vectors[: len(a)], vectors[len(a) :], metric), stats
 
     async def tokenize(self, texts: Sequence[str], special_tokens: bool, prompt_name: str | None) -> list[list[Token]]:
         """The tokens of each text, nothing cut."""
         self._check_list(texts)
-        prompt = self._prompt(prompt_name)
-        tokens_of = self._tokens_of
-        return await self._off_loop(lambda: [tokens_of(text, special_tokens, prompt) for text in texts], _characters(texts))
+        return await self.reader.tokenize(texts, special_tokens, prompt_name)
 
     async def decode(self, rows: Sequence[Sequence[int]], skip_special_tokens: bool) -> list[str]:
         """The text of each list of token ids."""
         self._check_list(rows)
-        decode = self._tokenizer.decode
-        return await self._off_loop(lambda: [decode(ids, skip_special_tokens) for ids in rows], sum(map(len, rows)))
-
-    def owns(self, ids: Sequence[int]) -> bool:
-        """Whether token ids can only be this model's: of its vocabulary, and framed with its special tokens."""
-        return self._tokenizer.is_framed(ids) and 0 <= min(ids) <= max(ids) < self._tokenizer.vocab_size
+        return await self.reader.decode(rows, skip_special_tokens)
 
     def info(self) -> dict[str, Any]:
         """What is served and what was decided at start: TEI's keys, then ours."""
@@ -172,7 +192,7 @@ class Service:
             "max_batch_tokens": facts["max_batch_tokens"],
             "max_batch_requests": None,
             "max_client_batch_size": settings.max_client_batch_size,
-            "auto_truncate": True,
+            "auto_truncate": settings.on_overflow == "truncate",
             "tokenization_workers": facts["tokenization_workers"],
             "version": VERSION,
             "dimension": self.config.dimension,
@@ -183,29 +203,28 @@ class Service:
             "kernel": facts["kernel"],
             "threads": facts["threads"],
             "lanes": facts["lanes"],
+            "on_overflow": settings.on_overflow,
+            "max_request_tokens": settings.max_request_tokens,
             "max_queue_tokens": self.scheduler.max_queue_tokens,
             "max_body_bytes": settings.max_body_bytes,
             "tokens_per_second": round(facts["tokens_per_second"]),
         }
 
-    async def _encode(self, inputs: Sequence[Input], options: Encoding, with_offsets: bool = False) -> Encoded:
-        start = time.perf_counter()
-        self._check_list(inputs)
-        for item in inputs:
-            _check_not_empty(item, "text" if isinstance(item, str) else "a list of token ids")
-        prompt = self._prompt(options.prompt_name)
-        texts = [prompt + item if isinstance(item, str) else item for item in inputs] if prompt else inputs
-        rows = await self._off_loop(lambda: self._encode_all(texts, options.side, with_offsets), _characters(texts))
-        if options.truncate is False:
-            self._check_lengths(rows)
-        return Encoded(rows, _characters(texts), time.perf_counter() - start)
+    async def _infer(self, encoded: Encoded, task: str, merge: Merge, partial: bool) -> tuple[list[Outcome], Stats]:
+        """What `merge` makes of the engine's answers for the pieces of each text; raises the first error, if not `partial`."""
+        rows = encoded.rows
+        self.reader.check_tokens(map(len, rows))
+        answer = await self._submit(rows, task)
+        size = 0 if len(rows) == len(encoded.items) else encoded.characters  # nothing to merge, or something
+        outcomes = await self.reader.off_loop(lambda: _merged(encoded, answer, merge), size)
+        for outcome in outcomes:
+            if isinstance(outcome, NotReady) or (isinstance(outcome, ServiceError) and not partial):
+                raise outcome
+        return outcomes, self._account(encoded, answer, outcomes)
 
-    def _encode_all(self, inputs: Sequence[Input], side: Side, with_offsets: bool) -> list[Tokens]:
-        texts: list[Text] = [item for item in inputs if isinstance(item, str)]
-        encoded = iter(self._tokenizer.encode(texts, cut_side=side, with_offsets=with_offsets))
-        return [next(encoded) if isinstance(item, str) else self._tokenizer.encode_ids(item, cut_side=side) for item in inputs]
-
-    async def _infer(self, rows: list[Tokens], task: str) -> Answer:
+    async def _submit(self, rows: list[Tokens], task: str) -> Answer:
+        if not rows:
+            return Answer([], 0.0, 0.0)
         timeout = self.settings.request_timeout
         try:
             async with asyncio.timeout(timeout):
@@ -213,19 +232,24 @@ class Service:
         except TimeoutError:
             raise DeadlineExceeded(f"no answer within {timeout:g} s; send fewer texts or try again later") from None
 
-    async def _off_loop(self, function: Callable[[], T], size: int) -> T:
-        """Call a function in a thread; in the event loop where that is sooner done than the way there."""
-        try:
-            if size <= _SMALL:
-                return function()
-            return await asyncio.get_running_loop().run_in_executor(self._threads, function)
-        except InvalidTokens as error:
-            raise InvalidInput(str(error)) from None
+    def _finish(self, outcomes: Iterable[Outcome], options: Embedding) -> FloatArray:
+        """Pooled vectors as the client wants them: [N, out]."""
+        missing = np.zeros(self.config.dimension, dtype=np.float32)
+        rows = [missing if isinstance(outcome, ServiceError) else outcome for outcome in outcomes]
+        vectors = shorten(np.stack(rows), options.dimensions)
+        return normalize(vectors) if options.normalize else vectors
+
+    def _chunks(self, outcome: Outcome, spans: list[Span], options: Chunking) -> list[Chunk]:
+        """The chunks of a text out of its token matrix if `late`, else out of one vector per chunk: [C, out]."""
+        if isinstance(outcome, ServiceError) or not spans:
+            return []
+        rows = [outcome[span.first : span.last].mean(axis=0) for span in spans] if options.late else outcome
+        return [Chunk(span.start, span.end, vector) for span, vector in zip(spans, self._finish(rows, options), strict=True)]
 
     async def _quantize(self, arrays: list[FloatArray], dtype: OutputDtype) -> list[Array]:
         if dtype == "float32":
             return arrays
-        return await self._off_loop(lambda: [quantize(array, dtype) for array in arrays], sum(a.size for a in arrays))
+        return await self.reader.off_loop(lambda: [quantize(array, dtype) for array in arrays], sum(a.size for a in arrays))
 
     def _pooling(self, asked: PoolingMode | None) -> PoolingMode:
         pooling = asked or self.settings.pooling or self.config.pooling
@@ -245,51 +269,33 @@ class Service:
         if len(items) > limit:
             raise InvalidInput(f"{len(items)} inputs in one request; wanted at most {limit}, split the list")
 
-    def _check_lengths(self, rows: list[Tokens]) -> None:
-        for place, row in enumerate(rows):
-            if row.cut:
-                raise InvalidInput(
-                    f"inputs[{place}] has {len(row) + row.cut} tokens; wanted at most {self._tokenizer.max_tokens}, "
-                    "shorten it or send truncate: true"
-                )
+    def _check_chunking(self, options: Chunking) -> None:
+        room = self.reader.room(options.prompt_name)
+        if not 1 <= options.chunk_tokens <= room:
+            raise InvalidInput(f"chunk_tokens is {options.chunk_tokens}; wanted 1 to {room}")
+        if not 0 <= options.overlap_tokens < options.chunk_tokens:
+            raise InvalidInput(
+                f"overlap_tokens is {options.overlap_tokens}; wanted 0 to {options.chunk_tokens - 1}, below chunk_tokens"
+            )
+        if options.late and options.pooling not in (None, "mean"):
+            raise InvalidInput(f"pooling is {options.pooling} and late is true; late chunks are means: send mean or none")
+        if options.late and self.config.dense:
+            raise WrongKind(
+                "this checkpoint projects its vectors, and late chunks are means of rows before that; send late: false"
+            )
 
-    def _prompt(self, name: str | None) -> str:
-        """What stands before each text: the prompt of that name, or the checkpoint's default one. Token ids get none."""
-        prompts = self.config.prompts
-        if name is not None and name not in prompts:
-            raise InvalidInput(f"prompt_name {name!r} is not known. Available prompts: {sorted(prompts)}")
-        return prompts.get(name or self.config.default_prompt or "", "")
-
-    def _tokens_of(self, text: str, special_tokens: bool, prompt: str) -> list[Token]:
-        encoding = self._tokenizer.describe(prompt + text, special_tokens)
-        return self._named(text, encoding.ids, encoding.offsets, len(prompt))
-
-    def _describe(self, item: Input, row: Tokens, prompt: str) -> list[Token]:
-        if isinstance(item, str) and row.offsets is not None:
-            return self._named(item, row.ids.tolist(), row.offsets.tolist(), len(prompt))
-        return self._named("", row.ids.tolist(), [(0, 0)] * len(row))
-
-    def _named(self, text: str, ids: Sequence[int], offsets: Sequence[Sequence[int]], shift: int = 0) -> list[Token]:
-        """Tokens with their places in the text; those of the prompt, `shift` characters before it, have none."""
-        name, special = self._tokenizer.token_text, self._tokenizer.is_special
-        return [
-            Token(token, text[start - shift : end - shift], False, start - shift, end - shift)
-            if end > start >= shift
-            else Token(token, name(token), special(token), None, None)
-            for token, (start, end) in zip(ids, offsets, strict=True)
-        ]
-
-    def _account(self, encoded: Encoded, answer: Answer) -> Stats:
-        rows = encoded.rows
+    def _account(self, encoded: Encoded, answer: Answer, outcomes: Sequence[Outcome]) -> Stats:
+        details = [_detail(*pair) for pair in zip(encoded.items, outcomes, strict=True)]
         stats = Stats(
-            texts=len(rows),
-            tokens=sum(map(len, rows)),
+            texts=len(details),
+            tokens=sum(detail.tokens for detail in details),
             characters=encoded.characters,
-            truncated=sum(row.cut > 0 for row in rows),
+            truncated=sum(detail.truncated for detail in details),
             tokenize=encoded.seconds,
             queue=answer.queue_seconds,
             infer=answer.infer_seconds,
             device=self.facts["device"],
+            details=details,
         )
         self.metrics.texts.inc(stats.texts)
         self.metrics.tokens.inc(stats.tokens)
@@ -299,18 +305,26 @@ class Service:
         return stats
 
 
-def _results(answer: Answer) -> list[FloatArray]:
-    """The arrays of an answer; raises the first row's error if there is one."""
-    results = []
-    for outcome in answer.outcomes:
-        if isinstance(outcome, ServiceError):
-            raise outcome
-        results.append(outcome)
-    return results
+def _merged(encoded: Encoded, answer: Answer, merge: Merge) -> list[Outcome]:
+    """One outcome per text: its refusal, the error of its first piece that failed, or what `merge` makes of its pieces."""
+    coming = iter(answer.outcomes)
+    outcomes: list[Outcome] = []
+    for item in encoded.items:
+        if isinstance(item, ServiceError):
+            outcomes.append(item)
+            continue
+        parts = list(islice(coming, len(item.pieces.rows)))
+        error = next((part for part in parts if isinstance(part, ServiceError)), None)
+        outcomes.append(error or merge(item.pieces, [part for part in parts if not isinstance(part, ServiceError)]))
+    return outcomes
 
 
-def _characters(inputs: Sequence[Input]) -> int:
-    return sum(len(item) for item in inputs if isinstance(item, str))
+def _detail(item: Item | ServiceError, outcome: Outcome) -> Detail:
+    error = outcome if isinstance(outcome, ServiceError) else None
+    if isinstance(item, ServiceError):
+        return Detail(0, False, 0, error)
+    rows = item.pieces.rows
+    return Detail(sum(map(len, rows)), item.truncated, len(rows), error)
 
 
 def _check_dtype(dtype: OutputDtype, normalized: bool) -> None:
@@ -345,7 +359,7 @@ async def running_service(settings: Settings, metrics: Metrics) -> AsyncIterator
         await starting
         batch_tokens = min(engine.facts["max_batch_tokens"] for engine in engines)
         scheduler = Scheduler(engines, metrics, batch_tokens, settings.max_queue_tokens)
-        facts = {**engines[0].facts, "model": settings.model, "sha256": sha256, "tokenization_workers": _TOKENIZERS}
+        facts = {**engines[0].facts, "model": settings.model, "sha256": sha256, "tokenization_workers": TOKENIZERS}
         metrics.model_info.labels(settings.model, sha256, facts["dtype"], facts["device"]).set(1)
         yield Service(settings, config, tokenizer, scheduler, metrics, facts)
         await scheduler.drain()

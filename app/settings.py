@@ -41,10 +41,15 @@ class Settings(BaseModel):
     pooling: Literal["cls", "pooler", "mean", "max", "last"] | None = Field(
         None, description="pooling where a request names none; default: the checkpoint's own"
     )
+    on_overflow: Literal["truncate", "error", "split"] = Field(
+        "truncate",
+        description="a text that is too long, where a request does not say: cut it, refuse it, or split it into windows",
+    )
     threads: int = Field(0, ge=0, description="threads of the encoder; 0 takes the cores that the container may use")
     max_batch_tokens: int = Field(0, ge=0, description="tokens in one batch; 0 leaves it to the device")
     max_queue_tokens: int = Field(0, ge=0, description="tokens that may wait; 0 takes about 2 s of work")
     max_client_batch_size: int = Field(2048, ge=1, description="texts in one request")
+    max_request_tokens: int = Field(65536, ge=1, description="tokens to encode in one request, after cutting and splitting")
     max_body_bytes: int = Field(8 * 2**20, ge=1, description="bytes in the body of one request")
     request_timeout: float = Field(30.0, gt=0, description="seconds until a request is answered 504")
     api_key: SecretStr | None = Field(None, description="key that clients send as `Authorization: Bearer KEY`")

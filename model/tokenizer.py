@@ -68,6 +68,11 @@ class Tokenizer:
             answers.append(_tokens(kept, len(encoding) - len(kept), isinstance(text, tuple), with_offsets))
         return answers
 
+    @property
+    def frame(self) -> tuple[int, int]:
+        """How many special tokens stand before and after a lone text."""
+        return len(self._before), len(self._after)
+
     def encode_ids(self, ids: Sequence[int], max_tokens: int | None = None, cut_side: Side = "right") -> Tokens:
         """Tokens of a text that the client tokenized: framed with special tokens unless it already is.
 

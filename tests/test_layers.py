@@ -11,9 +11,9 @@ ROOT = Path(__file__).parents[1]
 
 LEVELS = {
     "model": [
-        {"errors", "tokens", "vectors"},
+        {"errors", "tokens", "vectors", "chunks"},
         {"config"},
-        {"batch", "hub", "checkpoint", "tokenizer"},
+        {"batch", "hub", "checkpoint", "tokenizer", "windows"},
         {"attention", "heads", "pooling"},
         {"bert"},
         {"compiled", "encoder"},
@@ -24,11 +24,12 @@ LEVELS = {
     "app": [
         {"settings", "errors", "metrics", "render", "frames", "negotiation"},
         {"engine", "compression"},
-        {"worker", "scheduler"},
+        {"worker", "scheduler", "inputs"},
         {"service"},
         {"middleware"},
-        {"auth", "api.json_route", "api.fields", "api.answers"},
-        {"api.tei", "api.openai", "api.ops"},
+        {"auth", "api.json_route", "api.fields"},
+        {"api.answers"},
+        {"api.tei", "api.openai", "api.chunks", "api.ops"},
         {"main"},
         {"cli"},
     ],

@@ -1,4 +1,4 @@
-"""Answers of every dialect: what the headers say, and bytes in the format that the request asks for."""
+"""Answers of every dialect: what the headers say, bytes in the format that the request asks for, and a word on each text."""
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -7,12 +7,43 @@ from typing import Annotated, Any
 
 from fastapi import Depends, Request, Response
 from fastapi.responses import StreamingResponse
+from pydantic import BaseModel
 
-from app.errors import NotAcceptable
+from app.api.fields import PerText
+from app.errors import NotAcceptable, ServiceError
 from app.negotiation import MediaType, media_type
-from app.render import base64_text, in_blocks, json_bytes, raw_rows, safetensors
-from app.service import Service, Stats
+from app.render import base64_text, in_blocks, json_bytes, json_list, raw_rows, safetensors
+from app.service import Detail, Service, Stats
 from model.vectors import Array
+
+
+class ErrorBody(BaseModel):
+    """Every refusal on these routes; with `partial`, also what stands in the place of a bad text."""
+
+    error: str
+    error_type: str
+
+
+class TextDetail(BaseModel):
+    """What was done to a text, with `details`."""
+
+    tokens: int
+    truncated: bool
+    pieces: int
+
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {"model": ErrorBody, "description": "an input is empty"},
+    401: {"model": ErrorBody, "description": "the key is missing or wrong"},
+    413: {"model": ErrorBody, "description": "the body is too large, or its texts have too many tokens"},
+    422: {"model": ErrorBody, "description": "the request is invalid"},
+    424: {"model": ErrorBody, "description": "the model is of another kind"},
+    429: {"model": ErrorBody, "description": "overloaded; Retry-After says when to come back"},
+    500: {"model": ErrorBody, "description": "the encoder failed"},
+    503: {"model": ErrorBody, "description": "not ready; Retry-After says when to come back"},
+    504: {"model": ErrorBody, "description": "the deadline passed"},
+}
+
 
 BINARY: dict[int | str, dict[str, Any]] = {
     200: {
@@ -33,8 +64,8 @@ Accepted = Annotated[MediaType, Depends(_accepted)]
 
 
 def json_answer(service: Service, value: Any, stats: Stats | None = None) -> Response:
-    """One JSON value."""
-    return answer(service, map(json_bytes, [value]), headers_of(stats) if stats else {})
+    """One JSON value; without `stats` no text was encoded, and none cut."""
+    return answer(service, map(json_bytes, [value]), headers_of(stats) if stats else {"x-truncated": "0"})
 
 
 def array_answer(service: Service, arrays: Sequence[Array], stats: Stats, accepted: MediaType) -> Response:
@@ -96,3 +127,34 @@ def headers_of(stats: Stats) -> Mapping[str, str]:
 
 def _milliseconds(seconds: float) -> str:
     return str(round(seconds * 1000))
+
+
+def error_body(error: ServiceError) -> dict[str, str]:
+    return {"error": error.message, "error_type": error.word}
+
+
+def check_json_only(query: PerText, accepted: MediaType) -> None:
+    """Raises NotAcceptable where errors or details are asked for in a format that has no place for them."""
+    if accepted != "application/json" and (query.details or query.partial):
+        raise NotAcceptable(f"details and partial have no place in {accepted}; send Accept: application/json, or neither")
+
+
+def in_places(results: Iterable[Any], details: Sequence[Detail]) -> Iterable[Any]:
+    """The result of each text, or the error that stands in its place."""
+    if not any(detail.error for detail in details):
+        return results
+    return [error_body(detail.error) if detail.error else result for result, detail in zip(results, details, strict=True)]
+
+
+def with_details(name: str, results: Iterable[Any], stats: Stats, query: PerText) -> Iterator[bytes]:
+    """A JSON list of the results; with `details` an object of them under a name, and of a word on each text."""
+    if not query.details:
+        yield from json_list(results)
+        return
+    yield b'{"%b":' % name.encode()
+    yield from json_list(results)
+    yield b',"details":' + json_bytes(details_of(stats)) + b"}"
+
+
+def details_of(stats: Stats) -> list[dict[str, Any]]:
+    return [{"tokens": d.tokens, "truncated": d.truncated, "pieces": d.pieces} for d in stats.details]

@@ -1,14 +1,62 @@
-"""Fields that requests of several dialects have."""
+"""What clients send to the routes that encode texts, in every dialect that has no words of its own for it."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, StrictInt, StrictStr
+from pydantic import BaseModel, BeforeValidator, Field, StrictBool, StrictInt, StrictStr
 
-from app.service import Input
+from app.inputs import Input, OnOverflow
+from model.config import PoolingMode
 from model.vectors import OutputDtype
 
 Ids = list[StrictInt]
 Inputs = Annotated[StrictStr | Ids | list[StrictStr | Ids], Field(union_mode="left_to_right")]
+Side = Annotated[Literal["left", "right"], BeforeValidator(lambda side: side.lower() if isinstance(side, str) else side)]
+
+
+class PerText(BaseModel):
+    """The query of routes that answer per text."""
+
+    details: bool = Field(False, description="answer with an object that holds the result, and what was done to each text")
+    partial: bool = Field(False, description="a bad text becomes an error in its place, and its neighbours get their answers")
+
+
+class Common(BaseModel):
+    """Options of every route that encodes texts; null is the same as absent."""
+
+    truncate: StrictBool | None = Field(None, description="true is on_overflow truncate, false is error; on_overflow wins")
+    on_overflow: OnOverflow | None = Field(
+        None, description="a text that is too long is cut, refused or split into windows; default: the server's"
+    )
+    truncation_direction: Side | None = Field(None, description="the side on which a long text is cut")
+    prompt_name: StrictStr | None = Field(None, description="a prompt of the checkpoint to put before each text")
+
+    def encoding(self, query: PerText) -> dict[str, Any]:
+        """The fields of an `Encoding`."""
+        habits: dict[bool | None, OnOverflow] = {True: "truncate", False: "error"}
+        return {
+            "on_overflow": self.on_overflow or habits.get(self.truncate),
+            "side": self.truncation_direction or "right",
+            "prompt_name": self.prompt_name,
+            "partial": query.partial,
+        }
+
+
+class Pooled(Common):
+    """Options of routes that make one vector of a text."""
+
+    pooling: PoolingMode | None = Field(None, description="default: the checkpoint's own")
+
+
+class Finished(Pooled):
+    """Options of routes that answer with vectors."""
+
+    normalize: StrictBool | None = Field(None, description="scale each vector to length 1; default true")
+    dimensions: StrictInt | None = Field(None, description="keep this many numbers of each vector, then normalise")
+
+    def embedding(self, query: PerText) -> dict[str, Any]:
+        """The fields of an `Embedding`."""
+        normalize = self.normalize is not False
+        return {**self.encoding(query), "pooling": self.pooling, "normalize": normalize, "dimensions": self.dimensions}
 
 
 class Output(BaseModel):
@@ -24,7 +72,7 @@ class Output(BaseModel):
         return self.output_dtype or "float32"
 
 
-def as_list(inputs: Inputs) -> list[Input]:
+def as_list(inputs: str | list[Any]) -> list[Input]:
     """A single text, or the token ids of one, is a list of one from here on."""
     lone = isinstance(inputs, str) or (bool(inputs) and isinstance(inputs[0], int))
-    return [inputs] if lone else inputs  # type: ignore[list-item, return-value]
+    return [inputs] if lone else inputs  # type: ignore[return-value]

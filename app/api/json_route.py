@@ -19,22 +19,23 @@ class JsonRoute(APIRoute):
     """A route whose endpoint is `async def (request: Model, …) -> Response`.
 
     FastAPI documents it from its signature. What else it takes is `Annotated[…, Depends(of)]`, each a plain function of
-    the request, as `ServiceOf`. The body goes from bytes to the model in one step, whatever its content
-    type, without FastAPI's json.loads (which lets lone surrogates pass) and its solving of dependencies.
+    the request, as `ServiceOf`, or `Annotated[Model, Query()]`. The body goes from bytes to the model in one step, whatever
+    its content type, without FastAPI's json.loads (which lets lone surrogates pass) and its solving of dependencies.
     """
 
     def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:  # type: ignore[override]
         endpoint = self.endpoint
         hints = get_type_hints(endpoint, include_extras=True)
         read = TypeAdapter(hints["request"]).validate_json
-        given = {name: of for name, hint in hints.items() if (of := _dependency(hint)) is not None}
+        given = {name: of for name, hint in hints.items() if (of := _source(hint)) is not None}
 
         async def answer(request: Request) -> Response:
             try:
                 body = read(await request.body())
+                others = {name: of(request) for name, of in given.items()}
             except ValidationError as error:
                 raise InvalidInput(describe(error)) from None
-            response: Response = await endpoint(body, **{name: of(request) for name, of in given.items()})
+            response: Response = await endpoint(body, **others)
             return response
 
         return answer
@@ -65,9 +66,15 @@ class DirectRoutes:
         await response(scope, receive, send)
 
 
-def _dependency(hint: Any) -> Callable[[Request], Any] | None:
-    found = (note.dependency for note in getattr(hint, "__metadata__", ()) if isinstance(note, params.Depends))
-    return next(found, None)
+def _source(hint: Any) -> Callable[[Request], Any] | None:
+    """Where a parameter with this annotation comes from; None for the body."""
+    for note in getattr(hint, "__metadata__", ()):
+        if isinstance(note, params.Depends):
+            return note.dependency
+        if isinstance(note, params.Query):
+            read = TypeAdapter(hint.__origin__).validate_python
+            return lambda request: read(dict(request.query_params))
+    return None
 
 
 def service_of(request: Request) -> Service:

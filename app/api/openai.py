@@ -10,8 +10,9 @@ from app.api.answers import BINARY, Accepted, answer, array_answer, headers_of, 
 from app.api.fields import Inputs, Output, as_list
 from app.api.json_route import JsonRoute, ServiceOf
 from app.errors import InvalidInput, NotFound
+from app.inputs import Input
 from app.render import json_bytes, json_list
-from app.service import Embedding, Input, Service
+from app.service import Embedding, Service
 from model.vectors import Array
 
 _CODES: Mapping[int, str] = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
@@ -132,7 +133,7 @@ def refusal(status: int, word: str, message: str) -> tuple[int, Mapping[str, Any
 def _check_ids(inputs: Sequence[Input], service: Service) -> None:
     """Ids of another vocabulary would give a vector of some other text: only those that can be no other's are taken."""
     for place, item in enumerate(inputs):
-        if item and not isinstance(item, str) and not service.owns(item):
+        if item and not isinstance(item, str) and not service.reader.owns(item):
             raise InvalidInput(
                 f"input[{place}] holds token ids that are not this model's; wanted text (LangChain sends it with "
                 "check_embedding_ctx_length=False), or ids of this model's tokenizer with its special tokens"

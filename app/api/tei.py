@@ -1,88 +1,49 @@
 """The dialect of Hugging Face text-embeddings-inference, and what we add to it."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Response
-from pydantic import BaseModel, BeforeValidator, Field, StrictBool, StrictInt, StrictStr
+from fastapi import APIRouter, Query, Response
+from pydantic import BaseModel, Field, StrictBool, StrictStr
 
-from app.api.answers import BINARY, Accepted, answer, array_answer, headers_of, json_answer, number_list
-from app.api.fields import Ids, Inputs, Output, as_list
+from app.api.answers import (
+    BINARY,
+    ERRORS,
+    Accepted,
+    ErrorBody,
+    TextDetail,
+    answer,
+    array_answer,
+    check_json_only,
+    headers_of,
+    in_places,
+    json_answer,
+    number_list,
+    with_details,
+)
+from app.api.fields import Common, Finished, Ids, Inputs, Output, PerText, Pooled, as_list
 from app.api.json_route import JsonRoute, ServiceOf
-from app.render import json_list
-from app.service import Embedding, Encoding, Token
-from model.config import PoolingMode
+from app.inputs import Encoding, Token
+from app.service import Embedding
 from model.vectors import Array, Metric
-
-Side = Annotated[Literal["left", "right"], BeforeValidator(lambda side: side.lower() if isinstance(side, str) else side)]
-
-
-class ErrorBody(BaseModel):
-    """Every refusal on these routes."""
-
-    error: str
-    error_type: str
-
-
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {"model": ErrorBody, "description": "an input is empty"},
-    401: {"model": ErrorBody, "description": "the key is missing or wrong"},
-    413: {"model": ErrorBody, "description": "the body is too large"},
-    422: {"model": ErrorBody, "description": "the request is invalid"},
-    424: {"model": ErrorBody, "description": "the model is of another kind"},
-    429: {"model": ErrorBody, "description": "overloaded; Retry-After says when to come back"},
-    500: {"model": ErrorBody, "description": "the encoder failed"},
-    503: {"model": ErrorBody, "description": "not ready; Retry-After says when to come back"},
-    504: {"model": ErrorBody, "description": "the deadline passed"},
-}
 
 _NOT_ACCEPTABLE: dict[int | str, dict[str, Any]] = {
     406: {"model": ErrorBody, "description": "octets of matrices of several shapes"}
 }
 
-router = APIRouter(tags=["embed"], responses=_ERRORS, route_class=JsonRoute)
+router = APIRouter(tags=["embed"], responses=ERRORS, route_class=JsonRoute)
+
+PerTextQuery = Annotated[PerText, Query()]
+Vector = list[float]
 
 
-class Common(BaseModel):
-    """Options of every route that encodes texts; null is the same as absent."""
-
-    truncate: StrictBool | None = Field(None, description="false refuses a text that is too long; default: cut it")
-    truncation_direction: Side | None = Field(None, description="the side on which a long text is cut")
-    prompt_name: StrictStr | None = Field(None, description="a prompt of the checkpoint to put before each text")
-
-    def encoding(self) -> dict[str, Any]:
-        return {"truncate": self.truncate, "side": self.truncation_direction or "right", "prompt_name": self.prompt_name}
-
-
-class Pooled(Common):
-    """Options of routes that make one vector of a text."""
-
-    pooling: PoolingMode | None = Field(None, description="default: the checkpoint's own")
-
-
-class EmbedRequest(Pooled, Output):
+class EmbedRequest(Finished, Output):
     inputs: Inputs
-    normalize: StrictBool | None = Field(None, description="scale each vector to length 1; default true")
-    dimensions: StrictInt | None = Field(None, description="keep this many numbers of each vector, then normalise")
 
 
 class EmbedAllRequest(Common, Output):
     inputs: Inputs
     return_tokens: StrictBool | None = Field(None, description="name the token that each row stands for")
-
-
-class PlacedToken(BaseModel):
-    text: str
-    start: int | None
-    end: int | None
-
-
-class TokenMatrix(BaseModel):
-    """A matrix with what was asked for beside it."""
-
-    tokens: list[PlacedToken] | None = None
-    embeddings: list[list[float]] | str
-    shape: tuple[int, int] | None = None
 
 
 class OneToMany(BaseModel):
@@ -125,50 +86,91 @@ class SimpleToken(BaseModel):
     stop: int | None
 
 
-@router.post("/embed", response_model=list[list[float]] | list[str], responses=BINARY)
-async def embed(request: EmbedRequest, service: ServiceOf, accepted: Accepted) -> Response:
+class Embeddings(BaseModel):
+    """The answer of /embed with `details`."""
+
+    embeddings: list[Vector | str | ErrorBody]
+    details: list[TextDetail]
+
+
+class NamedRow(BaseModel):
+    text: str
+    start: int | None
+    end: int | None
+
+
+class TokenMatrix(BaseModel):
+    """A matrix with what was asked for beside it."""
+
+    tokens: list[NamedRow] | None = None
+    embeddings: list[Vector] | str
+    shape: tuple[int, int] | None = None
+
+
+class Matrices(BaseModel):
+    """The answer of /embed_all with `details`."""
+
+    embeddings: list[list[Vector] | TokenMatrix | ErrorBody]
+    details: list[TextDetail]
+
+
+Scores = list[float | ErrorBody] | list[list[float | ErrorBody] | ErrorBody]
+
+
+class ScoresWithDetails(BaseModel):
+    """The answer of /similarity with `details`: those of the source or of `a` come first."""
+
+    scores: Scores
+    details: list[TextDetail]
+
+
+@router.post("/embed", response_model=list[Vector | ErrorBody] | list[str | ErrorBody] | Embeddings, responses=BINARY)
+async def embed(request: EmbedRequest, service: ServiceOf, query: PerTextQuery, accepted: Accepted) -> Response:
     """One vector per text, as a list also for one text. In base64, one text per vector."""
-    options = Embedding(
-        **request.encoding(),
-        pooling=request.pooling,
-        normalize=request.normalize is not False,
-        dimensions=request.dimensions,
-        output_dtype=request.dtype,
-    )
+    check_json_only(query, accepted)
+    options = Embedding(**request.embedding(query), output_dtype=request.dtype)
     vectors, stats = await service.embed(as_list(request.inputs), options)
     if accepted != "application/json":
         return array_answer(service, list(vectors), stats, accepted)
-    return answer(service, json_list(number_list(row, request.encoding_format) for row in vectors), headers_of(stats))
+    rows = in_places([number_list(row, request.encoding_format) for row in vectors], stats.details)
+    return answer(service, with_details("embeddings", rows, stats, query), headers_of(stats))
 
 
-@router.post("/embed_all", response_model=list[list[list[float]] | TokenMatrix], responses=BINARY | _NOT_ACCEPTABLE)
-async def embed_all(request: EmbedAllRequest, service: ServiceOf, accepted: Accepted) -> Response:
+@router.post(
+    "/embed_all", response_model=list[list[Vector] | TokenMatrix | ErrorBody] | Matrices, responses=BINARY | _NOT_ACCEPTABLE
+)
+async def embed_all(request: EmbedAllRequest, service: ServiceOf, query: PerTextQuery, accepted: Accepted) -> Response:
     """One matrix per text: a row per token, special tokens included.
 
     With `return_tokens` an object that names the tokens; in base64 an object with the shape [tokens, numbers].
     """
+    check_json_only(query, accepted)
     with_tokens = bool(request.return_tokens) and accepted == "application/json"
-    options = Encoding(**request.encoding())
+    options = Encoding(**request.encoding(query))
     matrices, tokens, stats = await service.embed_tokens(as_list(request.inputs), options, with_tokens, request.dtype)
     if accepted != "application/json":
         return array_answer(service, matrices, stats, accepted)
     rows = tokens if with_tokens else [None] * len(matrices)
     items = (_matrix(matrix, row, request.encoding_format) for matrix, row in zip(matrices, rows, strict=True))
-    return answer(service, json_list(items), headers_of(stats))
+    return answer(service, with_details("embeddings", in_places(items, stats.details), stats, query), headers_of(stats))
 
 
-@router.post("/similarity", response_model=list[float] | list[list[float]])
-async def similarity(request: SimilarityRequest, service: ServiceOf) -> Response:
+@router.post("/similarity", response_model=Scores | ScoresWithDetails)
+async def similarity(request: SimilarityRequest, service: ServiceOf, query: PerTextQuery) -> Response:
     """One text against many: a list of scores. Many against many (`a`, `b`): the whole matrix."""
     parameters = request.parameters or SimilarityParameters()
-    metric = parameters.metric or "cosine"
-    options = Embedding(**parameters.encoding(), pooling=parameters.pooling, normalize=False)  # the metric does it
-    if isinstance(request.inputs, OneToMany):
-        source, sentences = [request.inputs.source_sentence], request.inputs.sentences
-        scores, stats = await service.similarity(source, sentences, options, metric)
-        return json_answer(service, scores[0], stats)
-    scores, stats = await service.similarity(request.inputs.a, request.inputs.b, options, metric)
-    return answer(service, json_list(scores), headers_of(stats))
+    options = Embedding(**parameters.encoding(query), pooling=parameters.pooling, normalize=False)  # the metric does it
+    inputs = request.inputs
+    a, b = ([inputs.source_sentence], inputs.sentences) if isinstance(inputs, OneToMany) else (inputs.a, inputs.b)
+    scores, stats = await service.similarity(a, b, options, parameters.metric or "cosine")
+    of_a, of_b = stats.details[: len(a)], stats.details[len(a) :]
+    if isinstance(inputs, ManyToMany):
+        results = in_places((in_places(row, of_b) for row in scores), of_a)
+    elif of_a[0].error:
+        raise of_a[0].error  # without it there is no score, and it has no place of its own
+    else:
+        results = in_places(scores[0], of_b)
+    return answer(service, with_details("scores", results, stats, query), headers_of(stats))
 
 
 @router.post("/tokenize", response_model=list[list[SimpleToken]])

@@ -309,3 +309,23 @@ async def test_every_row_gets_exactly_one_answer_in_any_weather():
                 assert isinstance(outcome, EngineError) or outcome[0] == number
     assert (scheduler._rows, scheduler._tokens) == (0, 0)
     assert not any(row.job.wanted for batch in scheduler._retries for row in batch)
+
+
+async def test_a_short_text_is_not_held_up_by_the_windows_of_two_long_ones():
+    engine, scheduler = make(max_batch_tokens=10)
+    long = [submit(scheduler, *[[number] * 5] * 20) for number in (1, 2)]
+    await turns()
+    await engine.answer()
+    short = submit(scheduler, [3, 3])
+    await turns()
+    batches = len(engine.batches)
+    while not short.done():
+        await engine.answer()
+    assert any([3, 3] in rows for _, rows, _ in engine.batches[batches : batches + 2])  # after a row of each, no more
+    assert not any(job.done() for job in long)
+    assert firsts(await short) == [3]
+    while not all(job.done() for job in long):
+        await engine.answer()
+    assert [firsts(await job) for job in long] == [[1] * 20, [2] * 20]
+    shares = [{row[0] for row in rows} for _, rows, _ in engine.batches]
+    assert sum(share >= {1, 2} for share in shares) >= 19  # the long ones take turns too

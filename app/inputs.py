@@ -1,0 +1,271 @@
+"""From what a client sends to rows for the queue: prompts, cutting, splitting, refusals, and tokens with their names."""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Literal, TypeVar
+
+import numpy as np
+
+from app.errors import EmptyInput, InvalidInput, ServiceError, TooManyTokens
+from app.settings import Settings
+from model.chunks import characters, chunk_spans
+from model.config import ModelConfig
+from model.errors import InvalidTokens
+from model.tokenizer import Side, Tokenizer
+from model.tokens import Tokens
+from model.windows import Pieces, split
+
+Input = str | list[int]
+"""A text, or the ids of a text that the client has tokenized."""
+
+OnOverflow = Literal["truncate", "error", "split"]
+"""What becomes of a text with more tokens than the model takes."""
+
+TOKENIZERS = 2  # threads that tokenize; the library releases the interpreter lock
+
+_SMALL = 1000  # characters that are tokenized in the event loop: 0.1 ms, what a thread costs
+_UNCUT = 2**31 - 1
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How texts become tokens. None leaves a choice to the server or the model.
+
+    partial  a bad text is an error in its place, and its neighbours get their answers; else it refuses the request
+    """
+
+    on_overflow: OnOverflow | None = None
+    side: Side = "right"
+    prompt_name: str | None = None
+    partial: bool = False
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token as the client reads it: `text[start:end]` in characters; special tokens have no place in the text."""
+
+    id: int
+    text: str
+    special: bool
+    start: int | None
+    end: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A text on its way to the engine: its tokens, whole or cut, and the pieces that they are encoded in."""
+
+    tokens: Tokens
+    pieces: Pieces
+
+    @property
+    def truncated(self) -> bool:
+        return any(row.cut for row in (self.tokens, *self.pieces.rows))
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The texts of a request, each encoded or refused."""
+
+    items: list[Item | ServiceError]
+    characters: int
+    seconds: float
+
+    @property
+    def rows(self) -> list[Tokens]:
+        """What the engine has to encode."""
+        return [row for item in self.items if isinstance(item, Item) for row in item.pieces.rows]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Where a chunk stands: `text[start:end]` in code points, and its rows `matrix[first:last]`."""
+
+    start: int
+    end: int
+    first: int
+    last: int
+
+
+class Reader:
+    """Reads inputs with the tokenizer; long work runs in threads."""
+
+    def __init__(self, settings: Settings, config: ModelConfig, tokenizer: Tokenizer) -> None:
+        self._settings = settings
+        self._prompts = config.prompts
+        self._default_prompt = config.default_prompt
+        self._tokenizer = tokenizer
+        self._threads = ThreadPoolExecutor(max_workers=TOKENIZERS, thread_name_prefix="tokenize")
+
+    async def read(self, inputs: Sequence[Input], options: Encoding, overlap: float = 0.0, with_offsets: bool = False) -> Encoded:
+        """Texts as rows that the encoder can take. Windows of a split text share a part of `overlap` with their neighbours."""
+        start = time.perf_counter()
+        prompt = self.prompt(options.prompt_name)
+        size = _size(inputs) + len(prompt) * sum(isinstance(item, str) for item in inputs)
+        items = await self.off_loop(lambda: self._items(inputs, prompt, options, overlap, with_offsets), size)
+        return Encoded(items, size, time.perf_counter() - start)
+
+    async def read_chunks(
+        self, texts: Sequence[str], options: Encoding, chunk_tokens: int, overlap_tokens: int, overlap: float, late: bool
+    ) -> tuple[Encoded, list[list[Span]]]:
+        """Where the chunks of each text stand; with the texts, encoded in windows if `late`, else in a row per chunk."""
+        whole = replace(options, on_overflow=options.on_overflow or "split")
+        encoded = await self.read(texts, whole, overlap, with_offsets=True)
+        self.check_tokens(len(item.tokens) for item in encoded.items if isinstance(item, Item))
+        shift = len(self.prompt(options.prompt_name))
+        limits = chunk_tokens, overlap_tokens
+
+        def find() -> list[list[Span]]:
+            return [_spans(text, item, shift, *limits) for text, item in zip(texts, encoded.items, strict=True)]
+
+        spans = await self.off_loop(find, encoded.characters)
+        self.check_tokens(span.last - span.first for its in spans for span in its)
+        return encoded if late else await self._alone(texts, encoded, spans, options), spans
+
+    async def _alone(self, texts: Sequence[str], whole: Encoded, spans: list[list[Span]], options: Encoding) -> Encoded:
+        """The same texts, with each chunk as a text of its own."""
+        chunks = [text[span.start : span.end] for text, its in zip(texts, spans, strict=True) for span in its]
+        encoded = await self.read(chunks, replace(options, on_overflow="truncate", partial=False))
+        rows = iter(encoded.rows)
+        items = [
+            replace(item, pieces=replace(item.pieces, rows=list(islice(rows, len(its))))) if isinstance(item, Item) else item
+            for item, its in zip(whole.items, spans, strict=True)
+        ]
+        return Encoded(items, whole.characters, whole.seconds + encoded.seconds)
+
+    async def tokenize(self, texts: Sequence[str], special_tokens: bool, prompt_name: str | None) -> list[list[Token]]:
+        prompt = self.prompt(prompt_name)
+        return await self.off_loop(lambda: [self._tokens_of(text, special_tokens, prompt) for text in texts], _size(texts))
+
+    async def decode(self, rows: Sequence[Sequence[int]], skip_special_tokens: bool) -> list[str]:
+        decode = self._tokenizer.decode
+        return await self.off_loop(lambda: [decode(ids, skip_special_tokens) for ids in rows], sum(map(len, rows)))
+
+    async def off_loop(self, function: Callable[[], T], size: int) -> T:
+        """Call a function in a thread; in the event loop where so few characters are sooner done than the way there."""
+        try:
+            if size <= _SMALL:
+                return function()
+            return await asyncio.get_running_loop().run_in_executor(self._threads, function)
+        except InvalidTokens as error:
+            raise InvalidInput(str(error)) from None
+
+    def prompt(self, name: str | None) -> str:
+        """What stands before each text: the prompt of that name, or the checkpoint's default one. Token ids get none."""
+        if name is not None and name not in self._prompts:
+            raise InvalidInput(f"prompt_name {name!r} is not known. Available prompts: {sorted(self._prompts)}")
+        return self._prompts.get(name or self._default_prompt or "", "")
+
+    def owns(self, ids: Sequence[int]) -> bool:
+        """Whether token ids can only be this model's: of its vocabulary, and framed with its special tokens."""
+        return self._tokenizer.is_framed(ids) and 0 <= min(ids) <= max(ids) < self._tokenizer.vocab_size
+
+    def room(self, prompt_name: str | None) -> int:
+        """The most tokens of a text that the model takes at once, beside the special ones and a prompt's."""
+        return self._tokenizer.max_tokens - len(self._tokenizer.encode([self.prompt(prompt_name)], _UNCUT)[0])
+
+    def check_tokens(self, lengths: Iterable[int]) -> None:
+        """Raises TooManyTokens where that is more than one request may have encoded."""
+        tokens, limit = sum(lengths), self._settings.max_request_tokens
+        if tokens > limit:
+            raise TooManyTokens(f"{tokens} tokens to encode in one request; wanted at most {limit}, send fewer or shorter texts")
+
+    def name_tokens(self, inputs: Sequence[Input], encoded: Encoded, prompt_name: str | None) -> list[list[Token]]:
+        """The tokens of each encoded input; ids have no places in a text."""
+        shift = len(self.prompt(prompt_name))
+        return [
+            self._named_item(item, read.tokens, shift) if isinstance(read, Item) else []
+            for item, read in zip(inputs, encoded.items, strict=True)
+        ]
+
+    def _named_item(self, item: Input, row: Tokens, shift: int) -> list[Token]:
+        if isinstance(item, str) and row.offsets is not None:
+            return self._named(item, row.ids.tolist(), row.offsets.tolist(), shift)
+        return self._named("", row.ids.tolist(), [(0, 0)] * len(row))
+
+    def _items(
+        self, inputs: Sequence[Input], prompt: str, options: Encoding, overlap: float, with_offsets: bool
+    ) -> list[Item | ServiceError]:
+        on_overflow = options.on_overflow or self._settings.on_overflow
+        limit = _UNCUT if on_overflow == "split" else self._tokenizer.max_tokens
+        texts = [prompt + item for item in inputs if isinstance(item, str)]
+        encoded = iter(self._tokenizer.encode(texts, limit, options.side, with_offsets))
+        items: list[Item | ServiceError] = []
+        for place, item in enumerate(inputs):
+            try:
+                row = next(encoded) if isinstance(item, str) else self._tokenizer.encode_ids(item, limit, options.side)
+                _check_not_empty(item)
+                if row.cut and on_overflow == "error":
+                    raise self._too_long("the text" if options.partial else f"inputs[{place}]", row)
+                items.append(self._item(row, prompt if isinstance(item, str) else "", overlap))
+            except (ServiceError, InvalidTokens) as error:
+                if not options.partial:
+                    raise
+                items.append(error if isinstance(error, ServiceError) else InvalidInput(str(error)))
+        return items
+
+    def _item(self, row: Tokens, prompt: str, overlap: float) -> Item:
+        """Each window is framed as the whole text is, prompt included: without it a model takes a text for another kind."""
+        before, after = self._tokenizer.frame
+        limit = self._tokenizer.max_tokens
+        if len(row) <= limit:
+            return Item(row, Pieces([row], [(0, len(row) - before - after)], before, after))
+        if prompt:
+            ids = self._tokenizer.describe(prompt, special_tokens=False).ids
+            before += _common(ids, row.ids[before : before + len(ids)].tolist())
+        room = limit - before - after
+        if room < 1:
+            raise InvalidInput(f"the prompt leaves a text no room in {limit} tokens; take a shorter one or on_overflow: truncate")
+        return Item(row, split(row, limit, before, after, int(overlap * room)))
+
+    def _too_long(self, subject: str, row: Tokens) -> InvalidInput:
+        return InvalidInput(
+            f"{subject} has {len(row) + row.cut} tokens; wanted at most {self._tokenizer.max_tokens}, "
+            "shorten it or send on_overflow: truncate or split"
+        )
+
+    def _tokens_of(self, text: str, special_tokens: bool, prompt: str) -> list[Token]:
+        encoding = self._tokenizer.describe(prompt + text, special_tokens)
+        return self._named(text, encoding.ids, encoding.offsets, len(prompt))
+
+    def _named(self, text: str, ids: Sequence[int], offsets: Sequence[Sequence[int]], shift: int = 0) -> list[Token]:
+        """Tokens with their places in the text; those of the prompt, `shift` characters before it, have none."""
+        name, special = self._tokenizer.token_text, self._tokenizer.is_special
+        return [
+            Token(token, text[start - shift : end - shift], False, start - shift, end - shift)
+            if end > start >= shift
+            else Token(token, name(token), special(token), None, None)
+            for token, (start, end) in zip(ids, offsets, strict=True)
+        ]
+
+
+def _check_not_empty(item: Input) -> None:
+    if not item:
+        raise EmptyInput(f"an input is empty; wanted {'a text' if isinstance(item, str) else 'a list of token ids'}")
+
+
+def _size(inputs: Sequence[Input]) -> int:
+    return sum(len(item) for item in inputs if isinstance(item, str))
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two texts have in common at their start."""
+    return next((place for place, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _spans(text: str, item: Item | ServiceError, shift: int, chunk_tokens: int, overlap_tokens: int) -> list[Span]:
+    """The chunks of a text whose tokens have offsets that count from `shift` characters before it."""
+    if isinstance(item, ServiceError) or item.tokens.offsets is None:
+        return []
+    rows = np.flatnonzero(item.tokens.offsets[:, 1] > shift)  # those of the text: neither special nor of the prompt
+    offsets = np.maximum(item.tokens.offsets[rows] - shift, 0).tolist()
+    return [
+        Span(*characters(text, offsets, first, last), int(rows[first]), int(rows[last - 1]) + 1)
+        for first, last in chunk_spans(text, offsets, chunk_tokens, overlap_tokens)
+    ]

@@ -1,0 +1,79 @@
+"""What the service does when the engine fails on a part of a request."""
+
+import asyncio
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from fake_worker import FAIL, NOT_A_NUMBER
+from test_scheduler import PuppetEngine, turns
+
+from app.engine import State
+from app.errors import EngineError, NotReady, WrongKind
+from app.inputs import Encoding
+from app.metrics import Metrics
+from app.scheduler import Scheduler
+from app.service import Chunking, Embedding, Service
+from app.settings import Settings
+from model.config import DenseConfig, ModelConfig
+from model.tokenizer import Tokenizer
+
+FACTS = {"poolings": ("mean",), "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def config(minilm):
+    """MiniLM's, but with the two numbers a row that the fake engine gives."""
+    config = ModelConfig.from_folder(minilm)
+    return replace(config, bert=replace(config.bert, hidden_size=2, num_attention_heads=1), max_tokens=6)
+
+
+@pytest.fixture(scope="module")
+def make_service(minilm, config):
+    tokenizer = Tokenizer.from_folder(minilm, config)
+
+    def make(engine, config=config):
+        scheduler = Scheduler([engine], Metrics(), max_batch_tokens=100, max_queue_tokens=1000)
+        return Service(Settings(), config, tokenizer, scheduler, scheduler._metrics, FACTS)
+
+    return make
+
+
+@pytest.mark.parametrize("bad", [FAIL, NOT_A_NUMBER])
+async def test_a_text_on_which_the_encoder_fails_leaves_its_neighbours_alone(engine, make_service, bad):
+    service = make_service(engine)
+    inputs = [[7], [bad], [8, 9]]
+    options = Embedding(partial=True, normalize=False)
+    vectors, stats = await service.embed(inputs, options)
+    assert vectors[[0, 2]].tolist() == [[101 + 7 + 102, 3], [101 + 8 + 9 + 102, 4]]
+    assert vectors[1].tolist() == [0, 0]
+    assert [type(detail.error) for detail in stats.details] == [type(None), EngineError, type(None)]
+    assert [detail.tokens for detail in stats.details] == [3, 3, 4]
+    with pytest.raises(EngineError):
+        await service.embed(inputs, Embedding())
+
+
+async def test_a_window_on_which_the_encoder_fails_fails_its_text(engine, make_service):
+    service = make_service(engine)
+    inputs = [[7] * 10, [7] * 9 + [FAIL], [8]]
+    matrices, _, stats = await service.embed_tokens(inputs, Encoding("split", partial=True))
+    assert [len(matrix) for matrix in matrices] == [12, 0, 3]
+    assert [detail.error is None for detail in stats.details] == [True, False, True]
+    assert [detail.pieces for detail in stats.details] == [3, 3, 1]
+
+
+async def test_partial_does_not_hide_that_the_engine_is_gone(make_service):
+    engine = PuppetEngine()
+    service = make_service(engine)
+    asked = asyncio.ensure_future(service.embed([[7]], Embedding(partial=True)))
+    await turns()
+    engine.state = State.FAILED
+    engine.on_change()
+    with pytest.raises(NotReady):
+        await asked
+
+
+async def test_late_chunks_need_a_checkpoint_without_projections(make_service, config):
+    projected = replace(config, dense=(DenseConfig("2_Dense", 2, 3, True, "Tanh"),))
+    with pytest.raises(WrongKind, match="late: false"):
+        await make_service(PuppetEngine(), projected).embed_chunks(["a"], Chunking(chunk_tokens=2, late=True))
