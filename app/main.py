@@ -1,14 +1,15 @@
 """The composition root: an app around a service."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Scope
 
-from app.api import ops, tei
+from app.api import dispatch, ops, rerank, tei, vllm
 from app.api.json_route import DirectRoutes, JsonRoute
 from app.auth import RequireKey
 from app.errors import ServiceError
@@ -17,6 +18,16 @@ from app.middleware import BodyLimit, CancelOnDisconnect, Observe, Refuse
 from app.render import json_bytes
 from app.service import VERSION, Service, running_service
 from app.settings import Settings
+
+_ROUTERS = (tei.router, rerank.router, vllm.router, dispatch.router, ops.router)
+_DIALECTS: Mapping[str, Callable[[int, str, str], tuple[int, Mapping[str, Any]]]] = {
+    "/v1/rerank": rerank.refusal,
+    "/v2/rerank": rerank.refusal,
+    "/classify": vllm.refusal,
+    "/score": vllm.refusal,
+    "/v1/score": vllm.refusal,
+}
+"""How the routes below a path refuse: status, word and message of an error -> status and body; others refuse as TEI's."""
 
 
 def create_app(settings: Settings, service: Service | None = None) -> ASGIApp:
@@ -32,7 +43,7 @@ def create_app(settings: Settings, service: Service | None = None) -> ASGIApp:
         return refusal(error, scope)
 
     api = create_api(settings, metrics, service, refuse)
-    app: ASGIApp = DirectRoutes(api, [route for route in tei.router.routes if isinstance(route, JsonRoute)], refuse)
+    app: ASGIApp = DirectRoutes(api, _json_routes(), refuse)
     app = CancelOnDisconnect(app)
     app = BodyLimit(app, settings.max_body_bytes, refuse)
     if settings.api_key is not None:
@@ -65,9 +76,13 @@ def create_api(settings: Settings, metrics: Metrics, service: Service | None, re
         swagger_ui_parameters={"tryItOutEnabled": True},
         exception_handlers={ServiceError: on_service_error, HTTPException: _on_http_exception},
     )
-    api.include_router(tei.router)
-    api.include_router(ops.router)
+    for router in _ROUTERS:
+        api.include_router(router)
     return api
+
+
+def _json_routes() -> list[JsonRoute]:
+    return [route for router in _ROUTERS for route in router.routes if isinstance(route, JsonRoute)]
 
 
 def refusal(error: ServiceError, scope: Scope) -> Response:
@@ -75,8 +90,9 @@ def refusal(error: ServiceError, scope: Scope) -> Response:
     headers = {"retry-after": str(error.retry_after)} if error.retry_after is not None else {}
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
-    content = json_bytes({"error": error.message, "error_type": error.word})
-    return Response(content, error.status, headers, media_type="application/json")
+    refuse = next((refuse for path, refuse in _DIALECTS.items() if scope["path"].startswith(path)), tei.refusal)
+    status, body = refuse(error.status, error.word, error.message)
+    return Response(json_bytes(body), status, headers, media_type="application/json")
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -11,20 +11,28 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from app.engine import HIDDEN, Engine, EngineOptions
-from app.errors import DeadlineExceeded, EmptyInput, InvalidInput, ServiceError
+from app.engine import HIDDEN, SPARSE, Engine, EngineOptions
+from app.errors import DeadlineExceeded, EmptyInput, InvalidInput, ServiceError, WrongKind
 from app.metrics import Metrics
 from app.scheduler import Answer, Scheduler
 from app.settings import Settings
-from model.config import ModelConfig, PoolingMode, transformer_folder, weight_files
+from model.config import Kind, ModelConfig, PoolingMode, named, transformer_folder, weight_files
 from model.errors import InvalidTokens
 from model.hub import digest, find_model
 from model.tokenizer import Side, Text, Tokenizer
 from model.tokens import Tokens
-from model.vectors import FloatArray, Metric, compare, normalize, shorten
+from model.vectors import FloatArray, Metric, compare, normalize, shorten, sigmoid, softmax
 
-Input = str | list[int]
-"""A text, or the ids of a text that the client has tokenized."""
+Input = str | list[int] | tuple[str, str]
+"""A text, the ids of a text that the client has tokenized, or a pair of texts."""
+
+ROUTES: Mapping[Kind, str] = {
+    "embedder": "/embed, /embed_all, /similarity, /score",
+    "classifier": "/predict, /classify",
+    "reranker": "/rerank, /v1/rerank, /v2/rerank, /score, /predict, /classify",
+    "sparse": "/embed_sparse",
+}
+"""What a model of each kind answers, for the refusal of everything else."""
 
 VERSION = version("bertd")
 
@@ -50,6 +58,14 @@ class Embedding(Encoding):
     pooling: PoolingMode | None = None
     normalize: bool = True
     dimensions: int | None = None
+
+
+@dataclass(frozen=True)
+class Scoring(Encoding):
+    """How texts and pairs become scores."""
+
+    raw: bool = False  # as the classifier gives them
+    max_second: int | None = None  # tokens that are kept of the second text of a pair
 
 
 @dataclass(frozen=True)
@@ -108,6 +124,7 @@ class Service:
 
     async def embed(self, inputs: Sequence[Input], options: Embedding) -> tuple[FloatArray, Stats]:
         """One vector per text: [N, out]."""
+        self._check_kind("embedder")
         pooling = self._pooling(options.pooling)
         self._check_dimensions(options.dimensions)
         encoded = await self._encode(inputs, options)
@@ -119,6 +136,7 @@ class Service:
         self, inputs: Sequence[Input], options: Encoding, with_tokens: bool = False
     ) -> tuple[list[FloatArray], list[list[Token]], Stats]:
         """One matrix [L, H] per text, special tokens included; with the tokens that its rows stand for where asked."""
+        self._check_kind("embedder")
         encoded = await self._encode(inputs, options, with_offsets=with_tokens)
         answer = await self._infer(encoded.rows, HIDDEN)
         prompt = self._prompt(options.prompt_name)
@@ -133,6 +151,45 @@ class Service:
         _check_not_empty([*b], "a list of texts")
         vectors, stats = await self.embed([*a, *b], options)
         return compare(vectors[: len(a)], vectors[len(a) :], metric), stats
+
+    async def embed_sparse(self, inputs: Sequence[Input], options: Encoding) -> tuple[list[FloatArray], Stats]:
+        """The tokens of the vocabulary that each text stands for: N matrices [n, 2] of id and weight, by id."""
+        self._check_kind("sparse")
+        encoded = await self._encode(inputs, options)
+        answer = await self._infer(encoded.rows, SPARSE)
+        return _results(answer), self._account(encoded, answer)
+
+    async def predict(self, inputs: Sequence[Input], options: Scoring) -> tuple[FloatArray, Stats]:
+        """The score of each label for each text or pair: [N, labels], in the order of `config.labels`."""
+        self._check_kind("classifier", "reranker")
+        encoded = await self._encode(inputs, options)
+        answer = await self._infer(encoded.rows, "scores")
+        scores = np.stack(_results(answer))
+        return scores if options.raw else self._shares(scores), self._account(encoded, answer)
+
+    async def rerank(self, query: str, texts: Sequence[str], options: Scoring) -> tuple[FloatArray, Stats]:
+        """How well each text answers the query: [N], in the order of the texts."""
+        self._check_kind("reranker")
+        scores, stats = await self.predict([(query, text) for text in texts], options)
+        return scores[:, 0], stats
+
+    async def score(self, a: Sequence[str], b: Sequence[str], options: Scoring) -> tuple[FloatArray, Stats]:
+        """How well each text of `b` goes with its neighbour in `a`, or with the only one there: [len(b)].
+
+        By a reranker; the cosine, by an embedder.
+        """
+        self._check_kind("embedder", "reranker")
+        for texts in (a, b):
+            _check_not_empty(texts, "a list of texts")
+        if len(a) not in (1, len(b)):
+            raise InvalidInput(f"{len(a)} texts against {len(b)}; wanted one against any number, or as many on each side")
+        if self.config.kind == "reranker":
+            first = [*a] * len(b) if len(a) == 1 else a
+            scores, stats = await self.predict([*zip(first, b, strict=True)], options)
+            return scores[:, 0], stats
+        vectors, stats = await self.embed([*a, *b], Embedding(options.truncate, options.side))
+        cosines: FloatArray = (vectors[: len(a)] * vectors[len(a) :]).sum(axis=1)
+        return cosines, stats
 
     async def tokenize(self, texts: Sequence[str], special_tokens: bool, prompt_name: str | None) -> list[list[Token]]:
         """The tokens of each text, nothing cut."""
@@ -155,7 +212,7 @@ class Service:
             "model_sha": facts["sha256"],
             "model_dtype": facts["dtype"],
             "served_model_name": settings.model,
-            "model_type": {"embedding": {"pooling": settings.pooling or self.config.pooling}},
+            "model_type": self._model_type(),
             "max_concurrent_requests": max(1, self.scheduler.max_queue_tokens // self.config.max_tokens),
             "max_input_length": self.config.max_tokens,
             "max_batch_tokens": facts["max_batch_tokens"],
@@ -164,6 +221,7 @@ class Service:
             "auto_truncate": True,
             "tokenization_workers": facts["tokenization_workers"],
             "version": VERSION,
+            "kind": self.config.kind,
             "dimension": self.config.dimension,
             "poolings": facts["poolings"],
             "prompts": sorted(self.config.prompts),
@@ -176,22 +234,39 @@ class Service:
             "tokens_per_second": round(facts["tokens_per_second"]),
         }
 
+    def _model_type(self) -> dict[str, Any]:
+        """The kind of the model in TEI's words."""
+        config = self.config
+        if config.kind in ("embedder", "sparse"):
+            return {"embedding": {"pooling": "splade" if config.kind == "sparse" else config.pooling}}
+        numbered = {str(place): label for place, label in enumerate(config.labels)}
+        return {config.kind: {"id2label": numbered, "label2id": {label: int(place) for place, label in numbered.items()}}}
+
+    def _shares(self, scores: FloatArray) -> FloatArray:
+        """Scores [N, labels] as probabilities; the numbers of a regression are the answer as they are (as transformers)."""
+        if self.config.problem_type == "regression":
+            return scores
+        alone = len(self.config.labels) == 1 or self.config.problem_type == "multi_label_classification"
+        return sigmoid(scores) if alone else softmax(scores)
+
     async def _encode(self, inputs: Sequence[Input], options: Encoding, with_offsets: bool = False) -> Encoded:
         start = time.perf_counter()
         self._check_list(inputs)
         for item in inputs:
-            _check_not_empty(item, "text" if isinstance(item, str) else "a list of token ids")
+            for text in item if isinstance(item, tuple) else (item,):
+                _check_not_empty(text, "text" if isinstance(text, str) else "a list of token ids")
         prompt = self._prompt(options.prompt_name)
         texts = [prompt + item if isinstance(item, str) else item for item in inputs] if prompt else inputs
-        rows = await self._off_loop(lambda: self._encode_all(texts, options.side, with_offsets), _characters(texts))
+        rows = await self._off_loop(lambda: self._encode_all(texts, options, with_offsets), _characters(texts))
         if options.truncate is False:
             self._check_lengths(rows)
         return Encoded(rows, _characters(texts), time.perf_counter() - start)
 
-    def _encode_all(self, inputs: Sequence[Input], side: Side, with_offsets: bool) -> list[Tokens]:
-        texts: list[Text] = [item for item in inputs if isinstance(item, str)]
-        encoded = iter(self._tokenizer.encode(texts, cut_side=side, with_offsets=with_offsets))
-        return [next(encoded) if isinstance(item, str) else self._tokenizer.encode_ids(item, cut_side=side) for item in inputs]
+    def _encode_all(self, inputs: Sequence[Input], options: Encoding, with_offsets: bool) -> list[Tokens]:
+        texts: list[Text] = [item for item in inputs if not isinstance(item, list)]
+        side, second = options.side, options.max_second if isinstance(options, Scoring) else None
+        encoded = iter(self._tokenizer.encode(texts, cut_side=side, with_offsets=with_offsets, max_second=second))
+        return [self._tokenizer.encode_ids(item, cut_side=side) if isinstance(item, list) else next(encoded) for item in inputs]
 
     async def _infer(self, rows: list[Tokens], task: str) -> Answer:
         timeout = self.settings.request_timeout
@@ -211,12 +286,20 @@ class Service:
             raise InvalidInput(str(error)) from None
 
     def _pooling(self, asked: PoolingMode | None) -> PoolingMode:
-        pooling = asked or self.settings.pooling or self.config.pooling
+        pooling = asked or self.config.pooling
         if pooling not in self.facts["poolings"]:
             raise InvalidInput(
                 f"pooling {pooling!r} is not there in this checkpoint; wanted one of {', '.join(self.facts['poolings'])}"
             )
         return pooling
+
+    def _check_kind(self, *wanted: Kind) -> None:
+        kind = self.config.kind
+        if kind not in wanted:
+            raise WrongKind(
+                f"the model is {named(kind)}, wanted {' or '.join(map(named, wanted))}; "
+                f"send the request to {ROUTES[kind]}, or serve a model of that kind"
+            )
 
     def _check_dimensions(self, dimensions: int | None) -> None:
         if dimensions is not None and not 1 <= dimensions <= self.config.dimension:
@@ -293,7 +376,7 @@ def _results(answer: Answer) -> list[FloatArray]:
 
 
 def _characters(inputs: Sequence[Input]) -> int:
-    return sum(len(item) for item in inputs if isinstance(item, str))
+    return sum(len(item) if isinstance(item, str) else sum(map(len, item)) for item in inputs if not isinstance(item, list))
 
 
 def _check_not_empty(item: Sequence[object], wanted: str) -> None:
@@ -308,9 +391,11 @@ async def running_service(settings: Settings, metrics: Metrics) -> AsyncIterator
     Raises ModelError or EngineError when the model cannot be served.
     """
     folder = find_model(settings.model, settings.revision)
-    config = ModelConfig.from_folder(folder)
+    config = ModelConfig.from_folder(folder, settings.pooling)
     files = weight_files(transformer_folder(folder))
-    options = EngineOptions(str(folder), settings.device, settings.dtype, settings.threads, settings.max_batch_tokens)
+    options = EngineOptions(
+        str(folder), settings.device, settings.dtype, settings.threads, settings.max_batch_tokens, settings.pooling
+    )
     engines = [Engine(options)]
     starting = asyncio.ensure_future(_start_all(engines, options))
     try:

@@ -32,8 +32,10 @@ class Settings(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
         "auto", description="arithmetic of the encoder; auto is float32 on a CPU"
     )
-    pooling: Literal["cls", "pooler", "mean", "max", "last"] | None = Field(
-        None, description="pooling where a request names none; default: the checkpoint's own"
+    pooling: Literal["cls", "pooler", "mean", "max", "last", "splade"] | None = Field(
+        None,
+        description="pooling where a request names none; splade: sparse vectors from a masked language model; "
+        "default: the checkpoint's own",
     )
     threads: int = Field(0, ge=0, description="threads of the encoder; 0 takes the cores that the container may use")
     max_batch_tokens: int = Field(0, ge=0, description="tokens in one batch; 0 leaves it to the device")

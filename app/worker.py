@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from app import frames
-from app.engine import HIDDEN
+from app.engine import HIDDEN, SPARSE
 from app.frames import Frame
 from model.errors import ModelError
 from model.tokens import Tokens
+from model.vectors import FloatArray, nonzero
 
 
 def main() -> None:
@@ -47,12 +48,19 @@ def _load(order: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
 def _answer(sock: socket.socket, runner: Any, batch: Frame) -> None:
     number, task = batch.head["number"], batch.head["task"]
     try:
-        rows = _rows(*batch.arrays)
-        arrays = runner.hidden(rows) if task == HIDDEN else [runner(rows, task)]
+        arrays = _run(runner, task, _rows(*batch.arrays))
     except Exception as error:  # whatever a batch does, the engine lives on; the API process decides about its rows
         frames.send(sock, {"number": number, "error": type(error).__name__})
     else:
         frames.send(sock, {"number": number, "task": task}, arrays)
+
+
+def _run(runner: Any, task: str, rows: list[Tokens]) -> list[FloatArray]:
+    if task == HIDDEN:
+        matrices: list[FloatArray] = runner.hidden(rows)
+        return matrices
+    answer: FloatArray = runner(rows, task)
+    return nonzero(answer) if task == SPARSE else [answer]
 
 
 def _rows(lengths: np.ndarray, ids: np.ndarray, types: np.ndarray) -> list[Tokens]:

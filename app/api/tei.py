@@ -1,21 +1,20 @@
 """The dialect of Hugging Face text-embeddings-inference, and what we add to it."""
 
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Response
-from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, BeforeValidator, Field, StrictBool, StrictInt, StrictStr
 
+from app.api.answers import json_answer, json_stream
+from app.api.fields import Ids, Inputs, as_list
 from app.api.json_route import JsonRoute, ServiceOf
-from app.render import json_bytes, json_matrices
-from app.service import Embedding, Encoding, Input, Service, Stats
+from app.errors import EmptyInput, InvalidInput
+from app.render import json_matrices, json_sparse
+from app.service import Embedding, Encoding, Input, Scoring
 from model.config import PoolingMode
-from model.vectors import Metric
+from model.vectors import FloatArray, Metric
 
-Ids = list[StrictInt]
-Inputs = Annotated[StrictStr | Ids | list[StrictStr | Ids], Field(union_mode="left_to_right")]
 Side = Annotated[Literal["left", "right"], BeforeValidator(lambda side: side.lower() if isinstance(side, str) else side)]
 
 
@@ -26,7 +25,12 @@ class ErrorBody(BaseModel):
     error_type: str
 
 
-_ERRORS: dict[int | str, dict[str, Any]] = {
+def refusal(status: int, word: str, message: str) -> tuple[int, Mapping[str, Any]]:
+    """An error as TEI's clients read it: status and body."""
+    return status, {"error": message, "error_type": word}
+
+
+ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorBody, "description": "an input is empty"},
     401: {"model": ErrorBody, "description": "the key is missing or wrong"},
     413: {"model": ErrorBody, "description": "the body is too large"},
@@ -38,7 +42,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     504: {"model": ErrorBody, "description": "the deadline passed"},
 }
 
-router = APIRouter(tags=["embed"], responses=_ERRORS, route_class=JsonRoute)
+router = APIRouter(tags=["embed"], responses=ERRORS, route_class=JsonRoute)
 
 
 class Common(BaseModel):
@@ -90,6 +94,51 @@ class SimilarityRequest(BaseModel):
     parameters: SimilarityParameters | None = None
 
 
+class EmbedSparseRequest(Common):
+    inputs: Inputs
+
+
+class Weight(BaseModel):
+    """A token of the vocabulary that a text stands for."""
+
+    index: int
+    value: float
+
+
+class Scored(BaseModel):
+    """Options of routes that score texts."""
+
+    truncate: StrictBool | None = Field(None, description="false refuses a text or pair that is too long; default: cut it")
+    truncation_direction: Side | None = Field(None, description="the side on which a long text is cut")
+    raw_scores: StrictBool | None = Field(None, description="true: what the classifier gives, without sigmoid or softmax")
+
+    def scoring(self) -> Scoring:
+        return Scoring(self.truncate, self.truncation_direction or "right", raw=bool(self.raw_scores))
+
+
+class PredictRequest(Scored):
+    inputs: StrictStr | list[StrictStr] | list[list[StrictStr]] = Field(
+        description="a text, a list of one text, a list of two: one pair, or a list of such lists"
+    )
+
+
+class Prediction(BaseModel):
+    score: float
+    label: str
+
+
+class RerankRequest(Scored):
+    query: StrictStr
+    texts: list[StrictStr]
+    return_text: StrictBool | None = None
+
+
+class Rank(BaseModel):
+    index: int
+    text: str | None = None
+    score: float
+
+
 class TokenizeRequest(BaseModel):
     inputs: StrictStr | list[StrictStr]
     add_special_tokens: StrictBool | None = None
@@ -119,7 +168,7 @@ async def embed(request: EmbedRequest, service: ServiceOf) -> Response:
         dimensions=request.dimensions,
     )
     vectors, stats = await service.embed(as_list(request.inputs), options)
-    return _json(service, vectors, stats)
+    return json_answer(service, vectors, stats)
 
 
 @router.post("/embed_all", response_model=list[list[list[float]]])
@@ -130,8 +179,8 @@ async def embed_all(request: EmbedAllRequest, service: ServiceOf) -> Response:
     matrices, tokens, stats = await service.embed_tokens(inputs, Encoding(**request.encoding()), with_tokens)
     if with_tokens:
         named = [[{"text": token.text, "start": token.start, "end": token.end} for token in row] for row in tokens]
-        return _json(service, [{"tokens": row, "embeddings": m} for row, m in zip(named, matrices, strict=True)], stats)
-    return StreamingResponse(json_matrices(matrices), media_type="application/json", headers=headers_of(stats))
+        return json_answer(service, [{"tokens": row, "embeddings": m} for row, m in zip(named, matrices, strict=True)], stats)
+    return json_stream(json_matrices(matrices), stats)
 
 
 @router.post("/similarity", response_model=list[float] | list[list[float]])
@@ -143,9 +192,48 @@ async def similarity(request: SimilarityRequest, service: ServiceOf) -> Response
     if isinstance(request.inputs, OneToMany):
         source, sentences = [request.inputs.source_sentence], request.inputs.sentences
         scores, stats = await service.similarity(source, sentences, options, metric)
-        return _json(service, scores[0], stats)
+        return json_answer(service, scores[0], stats)
     scores, stats = await service.similarity(request.inputs.a, request.inputs.b, options, metric)
-    return _json(service, scores, stats)
+    return json_answer(service, scores, stats)
+
+
+@router.post("/embed_sparse", response_model=list[list[Weight]])
+async def embed_sparse(request: EmbedSparseRequest, service: ServiceOf) -> Response:
+    """The tokens of the vocabulary that each text stands for, with their weights; zeros are left out."""
+    rows, stats = await service.embed_sparse(as_list(request.inputs), Encoding(**request.encoding()))
+    return json_stream(json_sparse(rows), stats)
+
+
+@router.post("/predict", response_model=list[Prediction] | list[list[Prediction]])
+async def predict(request: PredictRequest, service: ServiceOf) -> Response:
+    """The score of each label, the highest first: a list for one text or pair, a list of lists for a list of lists."""
+    batch = isinstance(request.inputs, list) and not all(isinstance(item, str) for item in request.inputs)
+    inputs: Sequence[Any] = request.inputs if batch else [request.inputs]
+    scores, stats = await service.predict([_text_or_pair(item) for item in inputs], request.scoring())
+    rows = [_predictions(service.config.labels, row) for row in scores]
+    return json_answer(service, rows if batch else rows[0], stats)
+
+
+def _text_or_pair(item: str | Sequence[str]) -> Input:
+    texts = [item] if isinstance(item, str) else item
+    if not texts:
+        raise EmptyInput("an input is empty; wanted a text, or a list of one or two")
+    if len(texts) > 2:
+        raise InvalidInput(f"a list holds {len(texts)} texts; wanted one, or the two of a pair; give each its own list")
+    return texts[0] if len(texts) == 1 else (texts[0], texts[1])
+
+
+def _predictions(labels: Sequence[str], row: FloatArray) -> list[dict[str, Any]]:
+    return [{"score": row[place], "label": labels[place]} for place in (-row).argsort(kind="stable")]
+
+
+async def rerank(request: RerankRequest, service: ServiceOf) -> Response:
+    """The texts by how well they answer the query, the best first."""
+    scores, stats = await service.rerank(request.query, request.texts, request.scoring())
+    ranks = [{"index": place, "score": scores[place]} for place in (-scores).argsort(kind="stable")]
+    if request.return_text:
+        ranks = [{**rank, "text": request.texts[rank["index"]]} for rank in ranks]
+    return json_answer(service, ranks, stats)
 
 
 @router.post("/tokenize", response_model=list[list[SimpleToken]])
@@ -153,7 +241,7 @@ async def tokenize(request: TokenizeRequest, service: ServiceOf) -> Response:
     """The tokens of each text with their places in it, in characters; nothing is cut."""
     texts = [request.inputs] if isinstance(request.inputs, str) else request.inputs
     rows = await service.tokenize(texts, request.add_special_tokens is not False, request.prompt_name)
-    return _json(
+    return json_answer(
         service,
         [[{"id": t.id, "text": t.text, "special": t.special, "start": t.start, "stop": t.end} for t in row] for row in rows],
     )
@@ -163,37 +251,4 @@ async def tokenize(request: TokenizeRequest, service: ServiceOf) -> Response:
 async def decode(request: DecodeRequest, service: ServiceOf) -> Response:
     """The text of each list of token ids."""
     rows: list[Any] = [request.ids] if request.ids and isinstance(request.ids[0], int) else request.ids
-    return _json(service, await service.decode(rows, request.skip_special_tokens is not False))
-
-
-def as_list(inputs: str | list[Any]) -> list[Input]:
-    """A single text, or the token ids of one, is a list of one from here on."""
-    lone = isinstance(inputs, str) or (bool(inputs) and isinstance(inputs[0], int))
-    return [inputs] if lone else inputs  # type: ignore[return-value]
-
-
-def headers_of(stats: Stats) -> Mapping[str, str]:
-    """TEI's headers, in whole milliseconds, and how many texts were cut."""
-    compute = stats.tokenize + stats.queue + stats.infer
-    return {
-        "x-compute-type": stats.device,
-        "x-compute-time": _milliseconds(compute),
-        "x-compute-characters": str(stats.characters),
-        "x-compute-tokens": str(stats.tokens),
-        "x-total-time": _milliseconds(compute),
-        "x-tokenization-time": _milliseconds(stats.tokenize),
-        "x-queue-time": _milliseconds(stats.queue),
-        "x-inference-time": _milliseconds(stats.infer),
-        "x-truncated": str(stats.truncated),
-    }
-
-
-def _milliseconds(seconds: float) -> str:
-    return str(round(seconds * 1000))
-
-
-def _json(service: Service, value: Any, stats: Stats | None = None) -> Response:
-    start = time.perf_counter()
-    content = json_bytes(value)
-    service.metrics.stages["render"].observe(time.perf_counter() - start)
-    return Response(content, media_type="application/json", headers=headers_of(stats) if stats else None)
+    return json_answer(service, await service.decode(rows, request.skip_special_tokens is not False))
