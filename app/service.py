@@ -49,6 +49,7 @@ class Encoding:
     truncate: bool | None = None
     side: Side = "right"
     prompt_name: str | None = None
+    max_second: int | None = None  # tokens that are kept of the second text of a pair
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,6 @@ class Scoring(Encoding):
     """How texts and pairs become scores."""
 
     raw: bool = False  # as the classifier gives them
-    max_second: int | None = None  # tokens that are kept of the second text of a pair
 
 
 @dataclass(frozen=True)
@@ -264,8 +264,8 @@ class Service:
 
     def _encode_all(self, inputs: Sequence[Input], options: Encoding, with_offsets: bool) -> list[Tokens]:
         texts: list[Text] = [item for item in inputs if not isinstance(item, list)]
-        side, second = options.side, options.max_second if isinstance(options, Scoring) else None
-        encoded = iter(self._tokenizer.encode(texts, cut_side=side, with_offsets=with_offsets, max_second=second))
+        side = options.side
+        encoded = iter(self._tokenizer.encode(texts, cut_side=side, with_offsets=with_offsets, max_second=options.max_second))
         return [self._tokenizer.encode_ids(item, cut_side=side) if isinstance(item, list) else next(encoded) for item in inputs]
 
     async def _infer(self, rows: list[Tokens], task: str) -> Answer:

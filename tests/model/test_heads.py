@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from reference import edit_json, lively_bert, random_rows, write_json
 from safetensors.torch import load_file, save_file
 from transformers import BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification, BertModel
 
+from model.attention import attend_sdpa
 from model.batch import pack
 from model.config import ModelConfig
 from model.cpu import CpuRunner
+from model.cuda import find_bucket, pad_to
 from model.encoder import Encoder
 from model.errors import CheckpointError, ModelError, UnsupportedModel
 from model.tokens import Tokens
@@ -190,6 +193,22 @@ def test_a_head_that_does_not_match_its_description(tmp_path: Path, architecture
     edit_json(tmp_path / "config.json", **changes)
     with pytest.raises(CheckpointError, match=named):
         Encoder.from_folder(tmp_path, "splade" if architecture is BertForMaskedLM else None)
+
+
+@pytest.mark.parametrize(("architecture", "pooling"), [(BertForSequenceClassification, None), (BertForMaskedLM, "splade")])
+def test_heads_on_a_batch_that_is_padded_for_a_graph(tmp_path: Path, architecture: type[Any], pooling: Any) -> None:
+    """What the GPU's runner does, without one."""
+    lively_bert(architecture=architecture).save_pretrained(tmp_path)
+    encoder, rows = Encoder.from_folder(tmp_path, pooling), ROWS[:4]
+    bucket = find_bucket(rows, 512)
+    assert bucket is not None
+    batch = pad_to(bucket, rows, 512)
+    for layer in encoder.bert.layers:
+        layer.attention.attend = attend_sdpa
+    with torch.inference_mode():
+        hidden = encoder.bert(batch)[: sum(map(len, rows))]
+        found = encoder.pool(hidden, replace(batch, cu_seqlens=batch.cu_seqlens[: len(rows) + 1]), encoder.config.task)
+        torch.testing.assert_close(found, encoder(pack(rows), encoder.config.task), rtol=0, atol=1e-5)
 
 
 def test_another_kind_has_no_pooling(tmp_path: Path) -> None:
