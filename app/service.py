@@ -16,7 +16,7 @@ from app.errors import DeadlineExceeded, EmptyInput, InvalidInput, ServiceError,
 from app.metrics import Metrics
 from app.scheduler import Answer, Scheduler
 from app.settings import Settings
-from model.config import Kind, ModelConfig, PoolingMode, named, transformer_folder, weight_files
+from model.config import Kind, ModelConfig, PoolingMode, transformer_folder, weight_files, with_article
 from model.errors import InvalidTokens
 from model.hub import digest, find_model
 from model.tokenizer import Side, Text, Tokenizer
@@ -297,7 +297,7 @@ class Service:
         kind = self.config.kind
         if kind not in wanted:
             raise WrongKind(
-                f"the model is {named(kind)}, wanted {' or '.join(map(named, wanted))}; "
+                f"the model is {with_article(kind)}, wanted {' or '.join(map(with_article, wanted))}; "
                 f"send the request to {ROUTES[kind]}, or serve a model of that kind"
             )
 

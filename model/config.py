@@ -245,12 +245,12 @@ def _kind(architecture: str, config: Json, modules: list[tuple[str, str, Json]],
         kind = "reranker" if len(_labels(config)) == 1 else "classifier"
     if pooling is not None and kind != ("sparse" if pooling == "splade" else "embedder"):
         raise UnsupportedModel(
-            f"pooling {pooling} was asked for and the checkpoint is {named(kind)} ({architecture}); ask for none"
+            f"pooling {pooling} was asked for and the checkpoint is {with_article(kind)} ({architecture}); ask for none"
         )
     return kind
 
 
-def named(kind: Kind) -> str:
+def with_article(kind: Kind) -> str:
     """A kind with its article, for messages."""
     return {"embedder": "an embedder", "sparse": "a sparse embedder"}.get(kind, f"a {kind}")
 

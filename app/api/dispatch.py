@@ -54,9 +54,10 @@ async def invocations(request: Body, service: ServiceOf) -> Response:
     """The same for SageMaker, which posts here; a lone text gets one list, as from /predict."""
     wanted, answer = _target(service.config.kind, request)
     try:
-        return await answer(wanted.model_validate(request), service)
+        read = wanted.model_validate(request)
     except ValidationError as error:
         raise InvalidInput(describe(error)) from None
+    return await answer(read, service)
 
 
 def _target(kind: Kind, body: Body) -> tuple[type[BaseModel], Callable[[Any, Service], Awaitable[Response]]]:

@@ -44,6 +44,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     500: {"model": ErrorBody, "description": "the encoder failed"},
     503: {"model": ErrorBody, "description": "not ready; Retry-After says when to come back"},
     504: {"model": ErrorBody, "description": "the deadline passed"},
+    "default": {"model": ErrorBody, "description": "any other refusal"},
 }
 
 router = APIRouter(tags=["classify"], responses=_ERRORS, route_class=JsonRoute)

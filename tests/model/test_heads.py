@@ -238,7 +238,6 @@ def test_a_sparse_row_holds_what_is_not_zero() -> None:
     assert np.isnan(third[0, 1])  # to be found by whoever looks for it
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_sentence_transformers_own_folders(tmp_path: Path) -> None:
     """A SPLADE folder that SparseEncoder saved, and what it encodes."""
     from sentence_transformers import SparseEncoder

@@ -227,7 +227,6 @@ def test_hugging_faces_client_classifies(single: Served, monkeypatch: pytest.Mon
     check_predictions(found, LABELS, softmax(single.reference.logits(TEXTS[0])))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:cohere", "ignore::UserWarning:cohere")
 @pytest.mark.parametrize("version", [1, 2])
 def test_coheres_client_reranks(reranker: Served, version: int) -> None:
     import cohere
