@@ -269,8 +269,8 @@ def _labels(config: Json) -> tuple[str, ...]:
     if stated is None:
         count = config.get("num_labels", 2)
         stated = {str(place): f"LABEL_{place}" for place in range(count if type(count) is int else 0)}
-    places = [str(place) for place in range(len(stated))]
-    if not isinstance(stated, dict) or not places or stated.keys() != set(places):
+    places = [str(place) for place in range(len(stated))] if isinstance(stated, dict) else []
+    if not places or stated.keys() != set(places):
         raise CheckpointError("config.json: id2label or num_labels is not labels numbered from 0; correct the file")
     return tuple(str(stated[place]) for place in places)
 

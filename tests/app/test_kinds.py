@@ -134,8 +134,11 @@ def test_predict_is_transformers_for_texts_pairs_and_batches(name: str, request:
 
 
 def test_segments_tell_the_two_texts_of_a_pair_apart(single: Served) -> None:
-    there, back = single.ok("/predict", inputs=[["abc", "def"], ["def", "abc"]], raw_scores=True)
-    assert {one["label"]: one["score"] for one in there} != pytest.approx({one["label"]: one["score"] for one in back}, abs=1e-3)
+    """The same ids as one text, all of the first segment, are something else."""
+    pair = single.ok("/predict", inputs=PAIRS[0])
+    ids = single.reference.tokenizer(*PAIRS[0])["input_ids"]
+    (text,) = single.ok("/classify", input=ids)["data"]
+    assert {one["label"]: one["score"] for one in pair} != pytest.approx(dict(zip(LABELS, text["probs"], strict=True)), abs=1e-3)
 
 
 @pytest.mark.parametrize("pair", [["abc", LONG], [LONG, "abc"], [LONG, LONG[5:]]])

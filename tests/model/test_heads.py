@@ -180,6 +180,7 @@ def test_a_pooling_that_the_kind_does_not_have(tmp_path: Path, architecture: typ
         (BertForSequenceClassification, {"id2label": {"0": "a", "2": "b"}}, "id2label"),
         (BertForSequenceClassification, {"id2label": {}}, "id2label"),
         (BertForSequenceClassification, {"id2label": ["a", "b"]}, "id2label"),
+        (BertForSequenceClassification, {"id2label": 5}, "id2label"),
         (BertForSequenceClassification, {"id2label": None, "num_labels": "2"}, "num_labels"),
         (BertForSequenceClassification, {"problem_type": "ranking"}, "problem_type is 'ranking'"),
         (BertForSequenceClassification, {"id2label": {"0": "a"}}, r"classifier.weight is \[2, 32\], wanted \[1, 32\]"),
