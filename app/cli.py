@@ -221,8 +221,18 @@ def _listen(settings: Settings) -> socket.socket:
     return sock
 
 
+_FIRST: Mapping[str, tuple[str, str]] = {
+    "embedder": ("/embed", '{"inputs": "hello"}'),
+    "classifier": ("/predict", '{"inputs": "hello"}'),
+    "reranker": ("/rerank", '{"query": "hello", "texts": ["goodbye", "hello"]}'),
+    "sparse": ("/embed_sparse", '{"inputs": "hello"}'),
+}
+"""The path and body of a first request to a model of each kind."""
+
+
 def _banner(facts: Mapping[str, Any], sock: socket.socket, prefix: str) -> str:
     host, port = sock.getsockname()[:2]
+    path, body = _FIRST[facts["kind"]]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}{prefix}"
     limits = (
         f"{facts['max_input_length']} tokens a text, {facts['max_batch_tokens']} a batch, "
@@ -230,11 +240,12 @@ def _banner(facts: Mapping[str, Any], sock: socket.socket, prefix: str) -> str:
     )
     return "\n".join(
         (
-            f"model    {facts['model_id']} (SHA-256 {facts['model_sha'][:16]}…), {facts['dimension']} dimensions",
+            f"model    {facts['model_id']} (SHA-256 {facts['model_sha'][:16]}…)",
+            f"kind     {facts['kind']}, {facts['dimension']} numbers a text",
             f"device   {facts['device']}, {facts['dtype']}, {facts['kernel']}, {facts['threads']} threads",
             f"limits   {limits}",
             f"ready    {url}  (docs at {url}/docs)",
-            f"""try      curl {url}/embed -H 'Content-Type: application/json' -d '{{"inputs": "hello"}}'""",
+            f"try      curl {url}{path} -H 'Content-Type: application/json' -d '{body}'",
         )
     )
 

@@ -36,7 +36,7 @@ _ENVIRONMENT = {
 _WORKER = [sys.executable, "-m", "app.worker"]
 
 
-HIDDEN = "hidden"  # the task of a batch that wants matrices; any other is the name of a pooling
+HIDDEN, SPARSE = "hidden", "sparse"  # the tasks of batches that want a matrix per row; any other gives one row per row
 Results = FloatArray | list[FloatArray]
 """Vectors [N, out], or one matrix [L, H] per row."""
 
@@ -57,6 +57,7 @@ class EngineOptions:
     dtype: str = "auto"
     threads: int = 0
     max_batch_tokens: int = 0
+    pooling: str | None = None
 
 
 class EngineDied(Exception):
@@ -117,7 +118,7 @@ class Engine:
             raise
 
     def run(self, task: str, rows: Sequence[Tokens], alone: bool = False) -> "asyncio.Future[Results]":
-        """Hand over a batch; only while there is `room`. The task is a pooling, or "hidden" for matrices.
+        """Hand over a batch; only while there is `room`. The task is one of `model.config.Task`, or "hidden" for matrices.
 
         A batch that is to be `alone` gets the threads of all lanes.
         The future raises EngineDied when the process goes away first, BatchFailed when it could not do this batch.
@@ -180,7 +181,7 @@ class Engine:
             if "error" in frame.head:
                 answer.set_exception(BatchFailed(frame.head["error"]))
             else:
-                answer.set_result(frame.arrays if frame.head["task"] == HIDDEN else frame.arrays[0])
+                answer.set_result(frame.arrays if frame.head["task"] in (HIDDEN, SPARSE) else frame.arrays[0])
 
     def _on_lost(self, transport: asyncio.BaseTransport) -> None:
         """The socket is closed: answer everyone who waits for this process, and start another unless we are stopping."""

@@ -19,8 +19,8 @@ from model.tokenizer import Side, Tokenizer
 from model.tokens import Tokens
 from model.windows import Pieces, split
 
-Input = str | list[int]
-"""A text, or the ids of a text that the client has tokenized."""
+Input = str | list[int] | tuple[str, str]
+"""A text, the ids of a text that the client has tokenized, or a pair of texts."""
 
 OnOverflow = Literal["truncate", "error", "split"]
 """What becomes of a text with more tokens than the model takes."""
@@ -37,13 +37,15 @@ T = TypeVar("T")
 class Encoding:
     """How texts become tokens. None leaves a choice to the server or the model.
 
-    partial  a bad text is an error in its place, and its neighbours get their answers; else it refuses the request
+    partial     a bad text is an error in its place, and its neighbours get their answers; else it refuses the request
+    max_second  tokens that are kept of the second text of a pair
     """
 
     on_overflow: OnOverflow | None = None
     side: Side = "right"
     prompt_name: str | None = None
     partial: bool = False
+    max_second: int | None = None
 
 
 @dataclass(frozen=True)
@@ -194,13 +196,14 @@ class Reader:
     ) -> list[Item | ServiceError]:
         on_overflow = options.on_overflow or self._settings.on_overflow
         limit = _UNCUT if on_overflow == "split" else self._tokenizer.max_tokens
-        texts = [prompt + item for item in inputs if isinstance(item, str)]
-        encoded = iter(self._tokenizer.encode(texts, limit, options.side, with_offsets))
+        texts = [prompt + item if isinstance(item, str) else item for item in inputs if not isinstance(item, list)]
+        encoded = iter(self._tokenizer.encode(texts, limit, options.side, with_offsets, options.max_second))
         items: list[Item | ServiceError] = []
         for place, item in enumerate(inputs):
             try:
-                row = next(encoded) if isinstance(item, str) else self._tokenizer.encode_ids(item, limit, options.side)
-                _check_not_empty(item)
+                row = self._tokenizer.encode_ids(item, limit, options.side) if isinstance(item, list) else next(encoded)
+                for part in item if isinstance(item, tuple) else [item]:
+                    _check_not_empty(part)
                 if row.cut and on_overflow == "error":
                     raise self._too_long("the text" if options.partial else f"inputs[{place}]", row)
                 items.append(self._item(row, prompt if isinstance(item, str) else "", overlap))
@@ -245,13 +248,14 @@ class Reader:
         ]
 
 
-def _check_not_empty(item: Input) -> None:
+def _check_not_empty(item: str | list[int]) -> None:
     if not item:
         raise EmptyInput(f"an input is empty; wanted {'a text' if isinstance(item, str) else 'a list of token ids'}")
 
 
 def _size(inputs: Sequence[Input]) -> int:
-    return sum(len(item) for item in inputs if isinstance(item, str))
+    """Characters of the texts; token ids have none."""
+    return sum(len(item) if isinstance(item, str) else sum(map(len, item)) for item in inputs if not isinstance(item, list))
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

@@ -9,7 +9,7 @@ from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Scope
 
-from app.api import chunks, openai, ops, tei
+from app.api import chunks, dispatch, openai, ops, rerank, tei, vllm
 from app.api.json_route import DirectRoutes, JsonRoute
 from app.auth import RequireKey
 from app.compression import Compress
@@ -20,10 +20,24 @@ from app.render import json_bytes
 from app.service import VERSION, Service, running_service
 from app.settings import Settings
 
-ROUTERS = (tei.router, chunks.router, openai.router, openai.model_router, ops.router)
+ROUTERS = (
+    tei.router,
+    chunks.router,
+    openai.router,
+    openai.model_router,
+    rerank.router,
+    vllm.router,
+    dispatch.router,
+    ops.router,
+)
 JSON_ROUTES = [route for router in ROUTERS for route in router.routes if isinstance(route, JsonRoute)]
 
 _DIALECTS: Mapping[str, Callable[[int, str, str], tuple[int, Mapping[str, Any]]]] = {
+    "/v1/rerank": rerank.refusal,
+    "/v2/rerank": rerank.refusal,
+    "/v1/score": vllm.refusal,
+    "/score": vllm.refusal,
+    "/classify": vllm.refusal,
     "/v1/": openai.refusal,
     "/embeddings": openai.refusal,
     "/models": openai.refusal,

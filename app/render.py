@@ -6,7 +6,7 @@ from typing import Any
 
 import orjson
 
-from model.vectors import Array
+from model.vectors import Array, FloatArray
 
 _BLOCK = 2**18  # bytes
 _SAFETENSORS = {"float32": "F32", "float16": "F16", "int8": "I8", "uint8": "U8"}
@@ -24,6 +24,17 @@ def json_list(items: Iterable[Any]) -> Iterator[bytes]:
     for item in items:
         yield comma + json_bytes(item)
         comma = b","
+    yield b"]"
+
+
+def json_sparse(rows: Sequence[FloatArray]) -> Iterator[bytes]:
+    """A JSON list of one list per row [n, 2]: an object of index and value for each column that is not zero."""
+    opening = b"["
+    for row in rows:
+        values = json_bytes(row[:, 1].copy())[1:-1].split(b",") if len(row) else []
+        items = (b'{"index":%d,"value":%b}' % pair for pair in zip(row[:, 0].astype(int).tolist(), values, strict=True))
+        yield opening + b"[" + b",".join(items) + b"]"
+        opening = b","
     yield b"]"
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -11,21 +11,29 @@ from typing import Any
 
 import numpy as np
 
-from app.engine import HIDDEN, Engine, EngineOptions
+from app.engine import HIDDEN, SPARSE, Engine, EngineOptions
 from app.errors import DeadlineExceeded, EmptyInput, InvalidInput, NotReady, ServiceError, WrongKind
 from app.inputs import TOKENIZERS, Encoded, Encoding, Input, Item, Reader, Span, Token
 from app.metrics import Metrics
 from app.scheduler import Answer, Outcome, Scheduler
 from app.settings import Settings
-from model.config import ModelConfig, PoolingMode, transformer_folder, weight_files
+from model.config import Kind, ModelConfig, PoolingMode, transformer_folder, weight_files, with_article
 from model.hub import digest, find_model
 from model.tokenizer import Tokenizer
 from model.tokens import Tokens
-from model.vectors import Array, FloatArray, Metric, OutputDtype, compare, normalize, quantize, shorten
+from model.vectors import Array, FloatArray, Metric, OutputDtype, compare, normalize, quantize, shorten, sigmoid, softmax
 from model.windows import Pieces
 
 Merge = Callable[[Pieces, list[FloatArray]], FloatArray]
 """What the engine gave for the pieces of a text, as one array."""
+
+ROUTES: Mapping[Kind, str] = {
+    "embedder": "/embed, /embed_all, /embed_chunks, /similarity, /score, /v1/embeddings",
+    "classifier": "/predict, /classify",
+    "reranker": "/rerank, /v1/rerank, /v2/rerank, /score, /predict, /classify",
+    "sparse": "/embed_sparse",
+}
+"""What a model of each kind answers, for the refusal of everything else."""
 
 VERSION = version("bertd")
 
@@ -74,6 +82,13 @@ class Detail:
 
 
 @dataclass(frozen=True)
+class Scoring(Encoding):
+    """How texts and pairs become scores."""
+
+    raw: bool = False  # as the classifier gives them
+
+
+@dataclass(frozen=True)
 class Stats:
     """What a request cost: real tokens (special ones included), characters, texts that were cut, seconds by stage."""
 
@@ -112,6 +127,7 @@ class Service:
     async def embed(self, inputs: Sequence[Input], options: Embedding) -> tuple[Array, Stats]:
         """One vector per text: [N, out] of the output dtype. With `partial`, the row of a text that failed is zeros and its
         detail says why."""
+        self._check_kind("embedder")
         _check_dtype(options.output_dtype, options.normalize)
         self._check_list(inputs)
         self._check_dimensions(options.dimensions)
@@ -130,6 +146,7 @@ class Service:
 
         With `partial`, a text that failed has no rows and its detail says why.
         """
+        self._check_kind("embedder")
         _check_dtype(output_dtype, normalized=False)
         self._check_list(inputs)
         encoded = await self.reader.read(inputs, options, _CONTEXT, with_offsets=with_tokens)
@@ -144,6 +161,7 @@ class Service:
 
         With `partial`, a text that failed has no chunks and its detail says why.
         """
+        self._check_kind("embedder")
         self._check_list(texts)
         self._check_dimensions(options.dimensions)
         pooling = self._pooling(options.pooling)
@@ -168,6 +186,42 @@ class Service:
         vectors, stats = await self.embed([*a, *b], options)
         return compare(vectors[: len(a)], vectors[len(a) :], metric), stats
 
+    async def embed_sparse(self, inputs: Sequence[Input], options: Encoding) -> tuple[list[FloatArray], Stats]:
+        """The tokens of the vocabulary that each text stands for: N matrices [n, 2] of id and weight, by id."""
+        self._check_kind("sparse")
+        return await self._whole(inputs, options, SPARSE)
+
+    async def predict(self, inputs: Sequence[Input], options: Scoring) -> tuple[FloatArray, Stats]:
+        """The score of each label for each text or pair: [N, labels], in the order of `config.labels`."""
+        self._check_kind("classifier", "reranker")
+        rows, stats = await self._whole(inputs, options, "scores")
+        scores = np.stack(rows)
+        return scores if options.raw else self._shares(scores), stats
+
+    async def rerank(self, query: str, texts: Sequence[str], options: Scoring) -> tuple[FloatArray, Stats]:
+        """How well each text answers the query: [N], in the order of the texts."""
+        self._check_kind("reranker")
+        scores, stats = await self.predict([(query, text) for text in texts], options)
+        return scores[:, 0], stats
+
+    async def score(self, a: Sequence[str], b: Sequence[str], options: Scoring) -> tuple[FloatArray, Stats]:
+        """How well each text of `b` goes with its neighbour in `a`, or with the only one there: [len(b)].
+
+        By a reranker; the cosine, by an embedder.
+        """
+        self._check_kind("embedder", "reranker")
+        for texts in (a, b):
+            _check_not_empty(texts, "a list of texts")
+        if len(a) not in (1, len(b)):
+            raise InvalidInput(f"{len(a)} texts against {len(b)}; wanted one against any number, or as many on each side")
+        if self.config.kind == "reranker":
+            first = [*a] * len(b) if len(a) == 1 else a
+            scores, stats = await self.predict([*zip(first, b, strict=True)], options)
+            return scores[:, 0], stats
+        vectors, stats = await self.embed([*a, *b], Embedding(on_overflow=options.on_overflow, side=options.side))
+        cosines: FloatArray = (vectors[: len(a)] * vectors[len(a) :]).sum(axis=1)
+        return cosines, stats
+
     async def tokenize(self, texts: Sequence[str], special_tokens: bool, prompt_name: str | None) -> list[list[Token]]:
         """The tokens of each text, nothing cut."""
         self._check_list(texts)
@@ -186,7 +240,7 @@ class Service:
             "model_sha": facts["sha256"],
             "model_dtype": facts["dtype"],
             "served_model_name": self.name,
-            "model_type": {"embedding": {"pooling": settings.pooling or self.config.pooling}},
+            "model_type": self._model_type(),
             "max_concurrent_requests": max(1, self.scheduler.max_queue_tokens // self.config.max_tokens),
             "max_input_length": self.config.max_tokens,
             "max_batch_tokens": facts["max_batch_tokens"],
@@ -195,6 +249,7 @@ class Service:
             "auto_truncate": settings.on_overflow == "truncate",
             "tokenization_workers": facts["tokenization_workers"],
             "version": VERSION,
+            "kind": self.config.kind,
             "dimension": self.config.dimension,
             "poolings": facts["poolings"],
             "prompts": sorted(self.config.prompts),
@@ -209,6 +264,31 @@ class Service:
             "max_body_bytes": settings.max_body_bytes,
             "tokens_per_second": round(facts["tokens_per_second"]),
         }
+
+    def _model_type(self) -> dict[str, Any]:
+        """The kind of the model in TEI's words."""
+        config = self.config
+        if config.kind in ("embedder", "sparse"):
+            return {"embedding": {"pooling": "splade" if config.kind == "sparse" else config.pooling}}
+        numbered = {str(place): label for place, label in enumerate(config.labels)}
+        return {config.kind: {"id2label": numbered, "label2id": {label: int(place) for place, label in numbered.items()}}}
+
+    def _shares(self, scores: FloatArray) -> FloatArray:
+        """Scores [N, labels] as probabilities; the numbers of a regression are the answer as they are (as transformers)."""
+        if self.config.problem_type == "regression":
+            return scores
+        alone = len(self.config.labels) == 1 or self.config.problem_type == "multi_label_classification"
+        return sigmoid(scores) if alone else softmax(scores)
+
+    async def _whole(self, inputs: Sequence[Input], options: Encoding, task: str) -> tuple[list[FloatArray], Stats]:
+        """What the engine gives for texts or pairs that are not split: what is no mean has no mean of windows."""
+        if options.on_overflow == "split":
+            raise InvalidInput(f"on_overflow is split, and {task} of windows can't be merged; send truncate or error")
+        self._check_list(inputs)
+        habit = options.on_overflow or self.settings.on_overflow
+        encoded = await self.reader.read(inputs, replace(options, on_overflow="truncate" if habit == "split" else habit))
+        outcomes, stats = await self._infer(encoded, task, lambda _, parts: parts[0], partial=False)
+        return [outcome for outcome in outcomes if not isinstance(outcome, ServiceError)], stats
 
     async def _infer(self, encoded: Encoded, task: str, merge: Merge, partial: bool) -> tuple[list[Outcome], Stats]:
         """What `merge` makes of the engine's answers for the pieces of each text; raises the first error, if not `partial`."""
@@ -252,12 +332,20 @@ class Service:
         return await self.reader.off_loop(lambda: [quantize(array, dtype) for array in arrays], sum(a.size for a in arrays))
 
     def _pooling(self, asked: PoolingMode | None) -> PoolingMode:
-        pooling = asked or self.settings.pooling or self.config.pooling
+        pooling = asked or self.config.pooling
         if pooling not in self.facts["poolings"]:
             raise InvalidInput(
                 f"pooling {pooling!r} is not there in this checkpoint; wanted one of {', '.join(self.facts['poolings'])}"
             )
         return pooling
+
+    def _check_kind(self, *wanted: Kind) -> None:
+        kind = self.config.kind
+        if kind not in wanted:
+            raise WrongKind(
+                f"the model is {with_article(kind)}, wanted {' or '.join(map(with_article, wanted))}; "
+                f"send the request to {ROUTES[kind]}, or serve a model of that kind"
+            )
 
     def _check_dimensions(self, dimensions: int | None) -> None:
         if dimensions is not None and not 1 <= dimensions <= self.config.dimension:
@@ -347,9 +435,11 @@ async def running_service(settings: Settings, metrics: Metrics) -> AsyncIterator
     Raises ModelError or EngineError when the model cannot be served.
     """
     folder = find_model(settings.model, settings.revision)
-    config = ModelConfig.from_folder(folder)
+    config = ModelConfig.from_folder(folder, settings.pooling)
     files = weight_files(transformer_folder(folder))
-    options = EngineOptions(str(folder), settings.device, settings.dtype, settings.threads, settings.max_batch_tokens)
+    options = EngineOptions(
+        str(folder), settings.device, settings.dtype, settings.threads, settings.max_batch_tokens, settings.pooling
+    )
     engines = [Engine(options)]
     starting = asyncio.ensure_future(_start_all(engines, options))
     try:

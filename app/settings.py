@@ -38,8 +38,10 @@ class Settings(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
         "auto", description="arithmetic of the encoder; auto is float32 on a CPU"
     )
-    pooling: Literal["cls", "pooler", "mean", "max", "last"] | None = Field(
-        None, description="pooling where a request names none; default: the checkpoint's own"
+    pooling: Literal["cls", "pooler", "mean", "max", "last", "splade"] | None = Field(
+        None,
+        description="pooling where a request names none; splade: sparse vectors from a masked language model; "
+        "default: the checkpoint's own",
     )
     on_overflow: Literal["truncate", "error", "split"] = Field(
         "truncate",

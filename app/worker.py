@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from app import frames
-from app.engine import HIDDEN
+from app.engine import HIDDEN, SPARSE
 from app.frames import Frame
 from model.errors import ModelError
 from model.tokens import Tokens
+from model.vectors import FloatArray, nonzero
 
 
 def main() -> None:
@@ -79,8 +80,7 @@ class _Lanes:
     def _answer(self, batch: Frame) -> None:
         number, task = batch.head["number"], batch.head["task"]
         try:
-            rows = _rows(*batch.arrays)
-            arrays = self._runner.hidden(rows) if task == HIDDEN else [self._runner(rows, task)]
+            arrays = _run(self._runner, task, _rows(*batch.arrays))
         except Exception as error:  # whatever a batch does, the engine lives on; the API process decides about its rows
             self._send({"number": number, "error": type(error).__name__})
         else:
@@ -93,6 +93,14 @@ def _load(order: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     runner, choice = make_runner(Path(order.pop("folder")), **order)
     rate = runner.warm_up(choice.max_batch_tokens)
     return runner, {**choice.as_dict(), "poolings": runner.encoder.poolings, "tokens_per_second": rate}
+
+
+def _run(runner: Any, task: str, rows: list[Tokens]) -> list[FloatArray]:
+    if task == HIDDEN:
+        matrices: list[FloatArray] = runner.hidden(rows)
+        return matrices
+    answer: FloatArray = runner(rows, task)
+    return nonzero(answer) if task == SPARSE else [answer]
 
 
 def _rows(lengths: np.ndarray, ids: np.ndarray, types: np.ndarray) -> list[Tokens]:

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from model.config import weight_files
+from model.config import Kind, weight_files
 from model.errors import CheckpointError
 
 Tensors = dict[str, Tensor]
@@ -29,31 +29,55 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
     "bert.layers.{}.feed_forward.up": ("encoder.layer.{}.intermediate.dense",),
     "bert.layers.{}.feed_forward.down": ("encoder.layer.{}.output.dense",),
     "bert.layers.{}.feed_forward_norm": ("encoder.layer.{}.output.LayerNorm",),
+    "classifier.pooler.dense": ("pooler.dense",),
+    "classifier.linear": ("classifier",),
+    "masked_lm.dense": ("cls.predictions.transform.dense",),
+    "masked_lm.norm": ("cls.predictions.transform.LayerNorm",),
+    "masked_lm.decoder": ("cls.predictions.decoder",),
 }
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _PREFIX = re.compile(r"^(bert\.|model\.)+")
 _OLD_NAMES = {"gamma": "weight", "beta": "bias"}  # LayerNorm in files converted from TensorFlow
 
-# Buffers that are recomputed here, and heads of tasks that this library does not run.
-_IGNORED = re.compile(r"^(embeddings\.(position_ids|token_type_ids)$|cls\.|classifier\.|qa_outputs\.)")
+_BUFFERS = re.compile(r"^embeddings\.(position_ids|token_type_ids)$")  # recomputed here
+_HEADS = re.compile(r"^(pooler|cls|classifier|qa_outputs)\.")
+# The heads that a checkpoint of each kind needs; others that lie in the file are left aside.
+_OWN_HEADS: Mapping[Kind, tuple[str, ...]] = {
+    "embedder": ("pooler.",),
+    "classifier": ("pooler.", "classifier."),
+    "reranker": ("pooler.", "classifier."),
+    "sparse": ("cls.predictions.",),
+}
 
 
-def load_bert(folder: Path) -> Tensors:
-    """The weights of a transformer's folder in float32, under the names of transformers' BertModel.
+def load_bert(folder: Path, kind: Kind, tied: bool) -> Tensors:
+    """The weights of a transformer's folder in float32, under transformers' names, with the head of its kind.
 
-    Raises CheckpointError for files that are missing or broken.
+    `tied`: a decoder that the file lacks is the table of token embeddings. Raises CheckpointError for files that are
+    missing or broken.
     """
     named: Tensors = {}
     for name, tensor in read_tensors(folder).items():
         plain = _plain_name(name)
         if plain in named:
             raise CheckpointError(f"{folder} holds {plain} twice, once as {name}; restore its files")
-        if _IGNORED.match(plain):
+        if _BUFFERS.match(plain) or (_HEADS.match(plain) and not plain.startswith(_OWN_HEADS[kind])):
             continue
         if not tensor.is_floating_point():
             raise CheckpointError(f"{folder}: {name} is {tensor.dtype}, wanted floating point; serve an unquantized checkpoint")
         named[plain] = tensor.float()
-    return named
+    return _with_decoder(named, tied) if kind == "sparse" else named
+
+
+def _with_decoder(named: Tensors, tied: bool) -> Tensors:
+    """The decoder as a layer of its own: files leave out what it shares, and know its bias by two names."""
+    words, bias = "embeddings.word_embeddings.weight", "cls.predictions.bias"
+    decoder = {}
+    if tied and words in named:
+        decoder["cls.predictions.decoder.weight"] = named[words]
+    if bias in named:
+        decoder["cls.predictions.decoder.bias"] = named.pop(bias)
+    return decoder | named
 
 
 def load_linear(folder: Path) -> Tensors:

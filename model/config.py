@@ -10,9 +10,15 @@ from model.errors import CheckpointError, UnsupportedModel
 
 Activation = Literal["gelu", "gelu_new", "relu", "silu"]
 PoolingMode = Literal["cls", "pooler", "mean", "max", "last"]
+PoolingChoice = PoolingMode | Literal["splade"]
+Task = PoolingMode | Literal["scores", "sparse"]
+"""What an encoder makes of a text: a vector by a pooling, a score for each label, a weight for each token of the vocabulary."""
+Kind = Literal["embedder", "classifier", "reranker", "sparse"]
+ProblemType = Literal["regression", "single_label_classification", "multi_label_classification"]
 
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 POOLING_MODES: tuple[PoolingMode, ...] = get_args(PoolingMode)
+PROBLEM_TYPES: tuple[ProblemType, ...] = get_args(ProblemType)
 
 Json = Mapping[str, Any]
 
@@ -83,6 +89,9 @@ class ModelConfig:
     """Everything that a checkpoint folder says, with BERT's own habits where it is silent."""
 
     bert: BertConfig
+    kind: Kind = "embedder"
+    labels: tuple[str, ...] = ()
+    problem_type: ProblemType | None = None
     pooling: PoolingMode = "cls"
     dense: tuple[DenseConfig, ...] = ()
     normalize: bool = False
@@ -91,15 +100,25 @@ class ModelConfig:
     prompts: Mapping[str, str] = field(default_factory=dict)
     default_prompt: str | None = None
     architecture: str = "BertModel"
+    tie_word_embeddings: bool = True
 
     @property
     def dimension(self) -> int:
-        """The length of a vector."""
-        return self.dense[-1].out_features if self.dense else self.bert.hidden_size
+        """How many numbers a text becomes: the length of its vector, its labels, or the vocabulary."""
+        if self.kind == "sparse":
+            return self.bert.vocab_size
+        return len(self.labels) or (self.dense[-1].out_features if self.dense else self.bert.hidden_size)
+
+    @property
+    def task(self) -> Task:
+        """What is made of a text where nothing else is asked for."""
+        if self.kind == "embedder":
+            return self.pooling
+        return "sparse" if self.kind == "sparse" else "scores"
 
     @classmethod
-    def from_folder(cls, folder: Path) -> "ModelConfig":
-        """Read a checkpoint folder, plain or in the layout of sentence-transformers.
+    def from_folder(cls, folder: Path, pooling: PoolingChoice | None = None) -> "ModelConfig":
+        """Read a checkpoint folder, plain or in the layout of sentence-transformers; `pooling` outweighs an embedder's own.
 
         Raises CheckpointError for files that are missing or broken, UnsupportedModel for what is not run here.
         """
@@ -108,17 +127,22 @@ class ModelConfig:
         bert = BertConfig.from_json(config)
         limits = read_json(transformer / "sentence_bert_config.json")
         prompts = read_json(folder / "config_sentence_transformers.json")
-        architectures = config.get("architectures") or ["BertModel"]
+        architecture = str((config.get("architectures") or ["BertModel"])[0])
+        kind = _kind(architecture, config, modules, pooling)
         return cls(
             bert=bert,
-            pooling=_pooling(modules),
+            kind=kind,
+            labels=_labels(config) if kind in ("classifier", "reranker") else (),
+            problem_type=_problem_type(config),
+            pooling=pooling if pooling and pooling != "splade" else _pooling(modules),
             dense=_projections(bert.hidden_size, [(path, settings) for kind, path, settings in modules if kind == "Dense"]),
             normalize=any(kind == "Normalize" for kind, _, _ in modules),
             max_tokens=_max_tokens(bert, limits, read_json(transformer / "tokenizer_config.json")),
             lower_case=bool(limits.get("do_lower_case")),
             prompts=prompts.get("prompts") or {},
             default_prompt=prompts.get("default_prompt_name"),
-            architecture=str(architectures[0]),
+            architecture=architecture,
+            tie_word_embeddings=config.get("tie_word_embeddings") is not False,
         )
 
 
@@ -166,6 +190,8 @@ def read_json(path: Path, required: bool = False) -> Json:
 
 
 _MODULES = ("Transformer", "Pooling", "Dense", "Normalize")
+_SPARSE_MODULES = ("Transformer", "SpladePooling")
+_MODULE_NAMES = {"MLMTransformer": "Transformer"}  # in the first SPLADE folders of sentence-transformers
 
 
 def _modules(folder: Path) -> tuple[Path, list[tuple[str, str, Json]]]:
@@ -175,19 +201,20 @@ def _modules(folder: Path) -> tuple[Path, list[tuple[str, str, Json]]]:
         return folder, []
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
-        found = [(str(entry["type"]).rsplit(".", 1)[-1], str(entry.get("path", ""))) for entry in entries]
+        found = [(_module_kind(entry["type"]), str(entry.get("path", ""))) for entry in entries]
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path} is not a list of modules ({error!r}); restore the file") from None
     outside = [sub for _, sub in found if Path(sub).is_absolute() or ".." in Path(sub).parts]
     if outside:
         raise CheckpointError(f"{path} names folders outside {folder}: {', '.join(outside)}; restore the file")
     kinds = [kind for kind, _ in found]
+    known = _SPARSE_MODULES if "SpladePooling" in kinds else _MODULES
     for kind in kinds:
-        if kind not in _MODULES:
-            raise UnsupportedModel(f"{path}: module {kind} is not supported; supported are {', '.join(_MODULES)}")
+        if kind not in known:
+            raise UnsupportedModel(f"{path}: module {kind} is not supported; supported are {', '.join(known)}")
     repeated = any(kinds.count(kind) > 1 for kind in kinds if kind != "Dense")
-    if kinds != sorted(kinds, key=_MODULES.index) or kinds[:1] != ["Transformer"] or repeated:
-        raise UnsupportedModel(f"{path}: the order {' -> '.join(kinds)} is not supported; wanted {' -> '.join(_MODULES)}")
+    if kinds != sorted(kinds, key=known.index) or kinds[:1] != ["Transformer"] or repeated:
+        raise UnsupportedModel(f"{path}: the order {' -> '.join(kinds)} is not supported; wanted {' -> '.join(known)}")
     rest = [(kind, sub, read_json(folder / sub / "config.json", required=kind != "Normalize")) for kind, sub in found[1:]]
     for _, sub, settings in rest:
         if settings.get("module_input_name", "sentence_embedding") != "sentence_embedding" or settings.get("use_residual"):
@@ -196,6 +223,66 @@ def _modules(folder: Path) -> tuple[Path, list[tuple[str, str, Json]]]:
                 "wanted one on the sentence embedding"
             )
     return folder / found[0][1], rest
+
+
+def _module_kind(name: object) -> str:
+    """The class of a module without the path to it, which differs between versions."""
+    stem = str(name).rsplit(".", 1)[-1]
+    return _MODULE_NAMES.get(stem, stem)
+
+
+def _kind(architecture: str, config: Json, modules: list[tuple[str, str, Json]], pooling: PoolingChoice | None) -> Kind:
+    """What a checkpoint is: as modules.json says or, where that names no pooling, as the architecture does.
+
+    A masked language model is an embedder, unless SPLADE is asked for: people pool bert-base-uncased and its like.
+    """
+    settings = {kind: settings for kind, _, settings in modules}
+    kind: Kind = "embedder"
+    if "SpladePooling" in settings or (pooling == "splade" and architecture == "BertForMaskedLM" and not settings):
+        _check_splade(settings.get("SpladePooling", {}))
+        kind = "sparse"
+    elif architecture == "BertForSequenceClassification" and "Pooling" not in settings:
+        kind = "reranker" if len(_labels(config)) == 1 else "classifier"
+    if pooling is not None and kind != ("sparse" if pooling == "splade" else "embedder"):
+        raise UnsupportedModel(
+            f"pooling {pooling} was asked for and the checkpoint is {with_article(kind)} ({architecture}); ask for none"
+        )
+    return kind
+
+
+def with_article(kind: Kind) -> str:
+    """A kind with its article, for messages."""
+    return {"embedder": "an embedder", "sparse": "a sparse embedder"}.get(kind, f"a {kind}")
+
+
+def _check_splade(settings: Json) -> None:
+    """Refuse the variants of SPLADE that are not run here."""
+    for name, wanted in {"pooling_strategy": "max", "activation_function": "relu"}.items():
+        found = settings.get(name, wanted)
+        if found != wanted:
+            raise UnsupportedModel(f"SpladePooling with {name} {found!r} is not supported; supported is {wanted!r}")
+
+
+def _labels(config: Json) -> tuple[str, ...]:
+    """The names of a classifier's outputs, in order; without id2label as transformers makes them up."""
+    stated = config.get("id2label")
+    if stated is None:
+        count = config.get("num_labels", 2)
+        stated = {str(place): f"LABEL_{place}" for place in range(count if type(count) is int else 0)}
+    places = [str(place) for place in range(len(stated))] if isinstance(stated, dict) else []
+    if not places or stated.keys() != set(places):
+        raise CheckpointError("config.json: id2label or num_labels is not labels numbered from 0; correct the file")
+    return tuple(str(stated[place]) for place in places)
+
+
+def _problem_type(config: Json) -> ProblemType | None:
+    stated = config.get("problem_type")
+    if stated is not None and stated not in PROBLEM_TYPES:
+        raise CheckpointError(
+            f"config.json: problem_type is {stated!r}, wanted one of {', '.join(PROBLEM_TYPES)}; correct the file"
+        )
+    found: ProblemType | None = stated
+    return found
 
 
 _LEGACY_POOLING = {

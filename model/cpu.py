@@ -10,7 +10,7 @@ from torch import Tensor
 from model import compiled
 from model.attention import attend_sdpa
 from model.batch import Batch, by_length, pack
-from model.config import BertConfig, PoolingMode
+from model.config import BertConfig, Task
 from model.encoder import Encoder
 from model.errors import UnsupportedModel
 from model.linear import (
@@ -69,9 +69,9 @@ class CpuRunner:
                 layer.attention.attend = attend_sdpa
         self.kernel = f"{'AVX-512' if own else 'SDPA'} attention, {linear}"
 
-    def __call__(self, rows: Sequence[Tokens], pooling: PoolingMode) -> FloatArray:
+    def __call__(self, rows: Sequence[Tokens], task: Task) -> FloatArray:
         order = by_length(rows)
-        vectors = self._run(rows, order, lambda batch: self.encoder(batch, pooling)).numpy()[: len(rows)]
+        vectors = self._run(rows, order, lambda batch: self.encoder(batch, task)).numpy()[: len(rows)]
         answer: FloatArray = np.empty_like(vectors)
         answer[order] = vectors
         return answer
@@ -91,9 +91,10 @@ class CpuRunner:
     def warm_up(self, tokens: int) -> float:
         length = min(128, self.encoder.config.max_tokens)
         rows = [Tokens.of([0] * length)] * max(1, tokens // length)
-        self(rows[:1], "cls")  # kernels are generated at first use
+        task = self.encoder.config.task
+        self(rows[:1], task)  # kernels are generated at first use
         start = time.perf_counter()
-        self(rows, "cls")
+        self(rows, task)
         return len(rows) * length / (time.perf_counter() - start)
 
     def _run(self, rows: Sequence[Tokens], order: np.ndarray, forward: Callable[[Batch], Tensor]) -> Tensor:

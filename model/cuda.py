@@ -10,7 +10,7 @@ from torch import Tensor
 
 from model.attention import attend_sdpa
 from model.batch import Batch, by_length, pack
-from model.config import PoolingMode
+from model.config import Task
 from model.encoder import Encoder
 from model.tokens import Tokens
 from model.vectors import FloatArray
@@ -133,18 +133,18 @@ class CudaRunner:
         self._graphs = GraphPool(encoder.bert) if varlen else None
         self._on_last_layer: Callable[[], None] = lambda: None
 
-    def __call__(self, rows: Sequence[Tokens], pooling: PoolingMode) -> FloatArray:
+    def __call__(self, rows: Sequence[Tokens], task: Task) -> FloatArray:
         order = by_length(rows)
         ordered = [rows[place] for place in order]
         with torch.inference_mode():
             bucket = find_bucket(ordered, self.encoder.config.max_tokens) if self._graphs else None
             if bucket is None or self._graphs is None:
-                vectors = self.encoder(self._to_device(pack(ordered)), pooling)
+                vectors = self.encoder(self._to_device(pack(ordered)), task)
             else:
                 batch = self._to_device(pad_to(bucket, ordered, self.encoder.config.max_tokens))
                 hidden = self._graphs(bucket, batch)
                 batch = replace(batch, cu_seqlens=batch.cu_seqlens[: len(rows) + 1])
-                vectors = self.encoder.pool(hidden[: sum(map(len, rows))], batch, pooling)
+                vectors = self.encoder.pool(hidden[: sum(map(len, rows))], batch, task)
             answer: FloatArray = np.empty(vectors.shape, dtype=np.float32)
             self._on_last_layer()  # all is launched: the next batch may be formed while the device works
             answer[order] = vectors.cpu().numpy()
@@ -163,11 +163,12 @@ class CudaRunner:
     def warm_up(self, tokens: int) -> float:
         length = min(128, self.encoder.config.max_tokens)
         rows = [Tokens.of([0] * length)] * max(1, tokens // length)
+        task = self.encoder.config.task
         for size in BUCKETS if self._graphs else ():
-            self([Tokens.of([0] * min(size, length))] * max(1, size // length), "mean")
-        self(rows, "mean")
+            self([Tokens.of([0] * min(size, length))] * max(1, size // length), task)
+        self(rows, task)
         start = time.perf_counter()
-        self(rows, "mean")
+        self(rows, task)
         return len(rows) * length / (time.perf_counter() - start)
 
     def largest_batch(self, tokens: int) -> int:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from model.batch import Batch
-from model.config import PoolingMode
+from model.config import Task
 
 
 def first_rows(hidden: Tensor, batch: Batch) -> Tensor:
@@ -27,9 +27,10 @@ def max_rows(hidden: Tensor, batch: Batch) -> Tensor:
     return torch.segment_reduce(hidden.float(), "max", offsets=batch.cu_seqlens.long(), axis=0)
 
 
-POOL: Mapping[PoolingMode, Callable[[Tensor, Batch], Tensor]] = {
+POOL: Mapping[Task, Callable[[Tensor, Batch], Tensor]] = {
     "cls": first_rows,
     "pooler": first_rows,  # the Pooler then stands on it
+    "scores": first_rows,  # the Classifier then stands on it
     "mean": mean_rows,
     "max": max_rows,
     "last": last_rows,

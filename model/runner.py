@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from model.config import PoolingMode
+from model.config import PoolingChoice, Task
 from model.cpu import CpuRunner
 from model.cuda import CudaRunner
 from model.encoder import Encoder
@@ -46,8 +46,8 @@ class Runner(Protocol):
     kernel: str
     lanes: int  # batches that threads may run at once, at most
 
-    def __call__(self, rows: Sequence[Tokens], pooling: PoolingMode) -> FloatArray:
-        """One vector per row: [N, out] float32."""
+    def __call__(self, rows: Sequence[Tokens], task: Task) -> FloatArray:
+        """What the task makes of each row: [N, out] float32."""
 
     def hidden(self, rows: Sequence[Tokens]) -> list[FloatArray]:
         """One token matrix per row: N times [L, H] float32."""
@@ -60,7 +60,12 @@ class Runner(Protocol):
 
 
 def make_runner(
-    folder: Path, device: str = "auto", dtype: str = "auto", threads: int = 0, max_batch_tokens: int = 0
+    folder: Path,
+    device: str = "auto",
+    dtype: str = "auto",
+    threads: int = 0,
+    max_batch_tokens: int = 0,
+    pooling: PoolingChoice | None = None,
 ) -> tuple[Runner, Choice]:
     """Load a checkpoint for this machine; 0 and "auto" leave the choice to what is found here.
 
@@ -68,7 +73,7 @@ def make_runner(
     """
     place = _find_device(device)
     kind = _find_dtype(place, dtype)
-    encoder = Encoder.from_folder(folder)
+    encoder = Encoder.from_folder(folder, pooling)
     threads = threads or available_cores()
     torch.set_num_threads(threads)
     runner: Runner

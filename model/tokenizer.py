@@ -54,17 +54,24 @@ class Tokenizer:
         return cls(backend, config.max_tokens, rows)
 
     def encode(
-        self, texts: Sequence[Text], max_tokens: int | None = None, cut_side: Side = "right", with_offsets: bool = False
+        self,
+        texts: Sequence[Text],
+        max_tokens: int | None = None,
+        cut_side: Side = "right",
+        with_offsets: bool = False,
+        max_second: int | None = None,
     ) -> list[Tokens]:
         """Tokens of each text with its special tokens, cut to `max_tokens` on one side.
 
-        Of a pair the longer text is cut first. `Tokens.cut` says how many tokens were left out.
+        Of a pair the second text is cut to `max_second` tokens, and then the longer of both first. `Tokens.cut` says how
+        many tokens were left out.
         """
         limit = self.max_tokens if max_tokens is None else max_tokens
         encodings = self._encode_all(texts, with_offsets)
         answers = []
         for text, encoding in zip(texts, encodings, strict=True):
-            kept = encoding if len(encoding) <= limit else self._cut(text, limit, cut_side)
+            fits = len(encoding) <= limit and max_second is None
+            kept = encoding if fits else self._cut(text, limit, cut_side, max_second)
             answers.append(_tokens(kept, len(encoding) - len(kept), isinstance(text, tuple), with_offsets))
         return answers
 
@@ -119,10 +126,12 @@ class Tokenizer:
     def is_special(self, token: int) -> bool:
         return token in self._special
 
-    def _cut(self, text: Text, limit: int, side: Side) -> Encoding:
+    def _cut(self, text: Text, limit: int, side: Side, max_second: int | None) -> Encoding:
         pair = isinstance(text, tuple)
         parts = [self._backend.encode(part, add_special_tokens=False) for part in (text if pair else (text,))]
         room = max(0, limit - self._backend.num_special_tokens_to_add(pair))
+        if pair and max_second is not None:
+            parts[1].truncate(max_second, direction=side)
         for part, length in zip(parts, _share([len(part) for part in parts], room), strict=True):
             part.truncate(length, direction=side)
         return self._backend.post_process(parts[0], parts[1] if pair else None)

@@ -81,6 +81,26 @@ def _distances(a: FloatArray, b: FloatArray) -> FloatArray:
     return distances
 
 
+def softmax(rows: FloatArray) -> FloatArray:
+    """Rows [N, out] as probabilities that sum to 1; the largest is taken off first, so that no power overflows."""
+    powers = np.exp(rows - rows.max(axis=-1, keepdims=True))
+    shares: FloatArray = powers / powers.sum(axis=-1, keepdims=True)
+    return shares
+
+
+def sigmoid(rows: FloatArray) -> FloatArray:
+    """1 / (1 + exp(-x)) by powers of what is not positive, which never overflow."""
+    power = np.exp(-np.abs(rows))
+    shares: FloatArray = np.where(rows >= 0, 1, power) / (1 + power)
+    return shares
+
+
+def nonzero(rows: FloatArray) -> list[FloatArray]:
+    """Rows [N, V] as N matrices [n, 2] of column and value; whole numbers are exact in float32 up to 2**24 columns."""
+    columns = [np.flatnonzero(row) for row in rows]
+    return [np.stack([some, row[some]], axis=1).astype(np.float32) for some, row in zip(columns, rows, strict=True)]
+
+
 def finite_rows(rows: FloatArray) -> NDArray[np.bool_]:
     """Which rows [N, ...] hold neither NaN nor infinity -> [N]."""
     return np.asarray(np.isfinite(rows).reshape(len(rows), -1).all(axis=1))

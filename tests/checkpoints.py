@@ -14,14 +14,14 @@ VOCABULARY = [
 ]
 
 
-def save_checkpoint(folder: Path, seed: int = 0, **options: Any) -> Path:
+def save_checkpoint(folder: Path, seed: int = 0, architecture: str = "BertModel", **options: Any) -> Path:
     """Write config.json, model.safetensors and vocab.txt of a random BERT. The folder may be changed by its caller."""
     import torch
-    from transformers import BertConfig, BertModel
+    import transformers
 
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-    config = BertConfig(**{"vocab_size": len(VOCABULARY), **sizes, **options})
+    config = transformers.BertConfig(**{"vocab_size": len(VOCABULARY), **sizes, **options})
     torch.manual_seed(seed)
-    BertModel(config).eval().save_pretrained(folder)
+    getattr(transformers, architecture)(config).eval().save_pretrained(folder)
     (folder / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n", encoding="utf-8")
     return folder

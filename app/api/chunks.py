@@ -1,12 +1,12 @@
 """Chunks of long texts, each with its vector and its place in the text: a dialect of ours."""
 
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Response
 from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr
 
 from app.api.answers import ERRORS, ErrorBody, TextDetail, answer, headers_of, in_places, with_details
-from app.api.fields import Finished, PerText
+from app.api.fields import Finished, PerTextQuery
 from app.api.json_route import JsonRoute, ServiceOf
 from app.service import Chunk, Chunking
 
@@ -40,7 +40,7 @@ class Chunks(BaseModel):
 
 
 @router.post("/embed_chunks", response_model=list[list[EmbeddedChunk] | ErrorBody] | Chunks)
-async def embed_chunks(request: EmbedChunksRequest, service: ServiceOf, query: Annotated[PerText, Query()]) -> Response:
+async def embed_chunks(request: EmbedChunksRequest, service: ServiceOf, query: PerTextQuery) -> Response:
     """The chunks of each text, of any length: they end at sentence ends where possible, else at word ends."""
     texts = [request.inputs] if isinstance(request.inputs, str) else request.inputs
     options = Chunking(

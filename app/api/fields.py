@@ -1,7 +1,9 @@
 """What clients send to the routes that encode texts, in every dialect that has no words of its own for it."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
+from fastapi import Query
 from pydantic import BaseModel, BeforeValidator, Field, StrictBool, StrictInt, StrictStr
 
 from app.inputs import Input, OnOverflow
@@ -13,11 +15,18 @@ Inputs = Annotated[StrictStr | Ids | list[StrictStr | Ids], Field(union_mode="le
 Side = Annotated[Literal["left", "right"], BeforeValidator(lambda side: side.lower() if isinstance(side, str) else side)]
 
 
+HABITS: Mapping[bool | None, OnOverflow] = {True: "truncate", False: "error"}
+"""What TEI's `truncate` says; null leaves it to the server."""
+
+
 class PerText(BaseModel):
     """The query of routes that answer per text."""
 
     details: bool = Field(False, description="answer with an object that holds the result, and what was done to each text")
     partial: bool = Field(False, description="a bad text becomes an error in its place, and its neighbours get their answers")
+
+
+PerTextQuery = Annotated[PerText, Query()]
 
 
 class Common(BaseModel):
@@ -32,9 +41,8 @@ class Common(BaseModel):
 
     def encoding(self, query: PerText) -> dict[str, Any]:
         """The fields of an `Encoding`."""
-        habits: dict[bool | None, OnOverflow] = {True: "truncate", False: "error"}
         return {
-            "on_overflow": self.on_overflow or habits.get(self.truncate),
+            "on_overflow": self.on_overflow or HABITS.get(self.truncate),
             "side": self.truncation_direction or "right",
             "prompt_name": self.prompt_name,
             "partial": query.partial,

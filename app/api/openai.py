@@ -133,7 +133,7 @@ def refusal(status: int, word: str, message: str) -> tuple[int, Mapping[str, Any
 def _check_ids(inputs: Sequence[Input], service: Service) -> None:
     """Ids of another vocabulary would give a vector of some other text: only those that can be no other's are taken."""
     for place, item in enumerate(inputs):
-        if item and not isinstance(item, str) and not service.reader.owns(item):
+        if item and isinstance(item, list) and not service.reader.owns(item):
             raise InvalidInput(
                 f"input[{place}] holds token ids that are not this model's; wanted text (LangChain sends it with "
                 "check_embedding_ctx_length=False), or ids of this model's tokenizer with its special tokens"

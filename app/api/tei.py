@@ -1,9 +1,9 @@
 """The dialect of Hugging Face text-embeddings-inference, and what we add to it."""
 
-from collections.abc import Mapping
-from typing import Annotated, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Response
 from pydantic import BaseModel, Field, StrictBool, StrictStr
 
 from app.api.answers import (
@@ -21,11 +21,13 @@ from app.api.answers import (
     number_list,
     with_details,
 )
-from app.api.fields import Common, Finished, Ids, Inputs, Output, PerText, Pooled, as_list
+from app.api.fields import HABITS, Common, Finished, Ids, Inputs, Output, PerText, PerTextQuery, Pooled, Side, as_list
 from app.api.json_route import JsonRoute, ServiceOf
-from app.inputs import Encoding, Token
-from app.service import Embedding
-from model.vectors import Array, Metric
+from app.errors import EmptyInput, InvalidInput
+from app.inputs import Encoding, Input, Token
+from app.render import json_sparse
+from app.service import Embedding, Scoring
+from model.vectors import Array, FloatArray, Metric
 
 _NOT_ACCEPTABLE: dict[int | str, dict[str, Any]] = {
     406: {"model": ErrorBody, "description": "octets of matrices of several shapes"}
@@ -33,7 +35,6 @@ _NOT_ACCEPTABLE: dict[int | str, dict[str, Any]] = {
 
 router = APIRouter(tags=["embed"], responses=ERRORS, route_class=JsonRoute)
 
-PerTextQuery = Annotated[PerText, Query()]
 Vector = list[float]
 
 
@@ -65,6 +66,52 @@ class SimilarityParameters(Pooled):
 class SimilarityRequest(BaseModel):
     inputs: OneToMany | ManyToMany
     parameters: SimilarityParameters | None = None
+
+
+class EmbedSparseRequest(Common):
+    inputs: Inputs
+
+
+class Weight(BaseModel):
+    """A token of the vocabulary that a text stands for."""
+
+    index: int
+    value: float
+
+
+class Scored(BaseModel):
+    """Options of routes that score texts."""
+
+    truncate: StrictBool | None = Field(None, description="false refuses a text or pair that is too long; default: cut it")
+    truncation_direction: Side | None = Field(None, description="the side on which a long text is cut")
+    raw_scores: StrictBool | None = Field(None, description="true: what the classifier gives, without sigmoid or softmax")
+
+    def scoring(self) -> Scoring:
+        side = self.truncation_direction or "right"
+        return Scoring(on_overflow=HABITS.get(self.truncate), side=side, raw=bool(self.raw_scores))
+
+
+class PredictRequest(Scored):
+    inputs: StrictStr | list[StrictStr] | list[list[StrictStr]] = Field(
+        description="a text, a list of one text, a list of two: one pair, or a list of such lists"
+    )
+
+
+class Prediction(BaseModel):
+    score: float
+    label: str
+
+
+class RerankRequest(Scored):
+    query: StrictStr
+    texts: list[StrictStr]
+    return_text: StrictBool | None = None
+
+
+class Rank(BaseModel):
+    index: int
+    text: str | None = None
+    score: float
 
 
 class TokenizeRequest(BaseModel):
@@ -171,6 +218,45 @@ async def similarity(request: SimilarityRequest, service: ServiceOf, query: PerT
     else:
         results = in_places(scores[0], of_b)
     return answer(service, with_details("scores", results, stats, query), headers_of(stats))
+
+
+@router.post("/embed_sparse", response_model=list[list[Weight]])
+async def embed_sparse(request: EmbedSparseRequest, service: ServiceOf) -> Response:
+    """The tokens of the vocabulary that each text stands for, with their weights; zeros are left out."""
+    rows, stats = await service.embed_sparse(as_list(request.inputs), Encoding(**request.encoding(PerText())))
+    return answer(service, json_sparse(rows), headers_of(stats))
+
+
+@router.post("/predict", response_model=list[Prediction] | list[list[Prediction]])
+async def predict(request: PredictRequest, service: ServiceOf) -> Response:
+    """The score of each label, the highest first: a list for one text or pair, a list of lists for a list of lists."""
+    batch = isinstance(request.inputs, list) and not all(isinstance(item, str) for item in request.inputs)
+    inputs: Sequence[Any] = request.inputs if batch else [request.inputs]
+    scores, stats = await service.predict([_text_or_pair(item) for item in inputs], request.scoring())
+    rows = [_predictions(service.config.labels, row) for row in scores]
+    return json_answer(service, rows if batch else rows[0], stats)
+
+
+def _text_or_pair(item: str | Sequence[str]) -> Input:
+    texts = [item] if isinstance(item, str) else item
+    if not texts:
+        raise EmptyInput("an input is empty; wanted a text, or a list of one or two")
+    if len(texts) > 2:
+        raise InvalidInput(f"a list holds {len(texts)} texts; wanted one, or the two of a pair; give each its own list")
+    return texts[0] if len(texts) == 1 else (texts[0], texts[1])
+
+
+def _predictions(labels: Sequence[str], row: FloatArray) -> list[dict[str, Any]]:
+    return [{"score": row[place], "label": labels[place]} for place in (-row).argsort(kind="stable")]
+
+
+async def rerank(request: RerankRequest, service: ServiceOf) -> Response:
+    """The texts by how well they answer the query, the best first."""
+    scores, stats = await service.rerank(request.query, request.texts, request.scoring())
+    ranks = [{"index": place, "score": scores[place]} for place in (-scores).argsort(kind="stable")]
+    if request.return_text:
+        ranks = [{**rank, "text": request.texts[rank["index"]]} for rank in ranks]
+    return json_answer(service, ranks, stats)
 
 
 @router.post("/tokenize", response_model=list[list[SimpleToken]])

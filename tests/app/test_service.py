@@ -3,7 +3,6 @@
 import asyncio
 from dataclasses import replace
 
-import numpy as np
 import pytest
 from fake_worker import FAIL, NOT_A_NUMBER
 from test_scheduler import PuppetEngine, turns

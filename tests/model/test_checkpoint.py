@@ -172,7 +172,7 @@ def test_without_a_pooler(state: State, target: Path, original: Path) -> None:
         BertForQuestionAnswering,
     ],
 )
-def test_a_model_with_a_head_serves_as_an_embedder(tmp_path: Path, architecture: type[Any]) -> None:
+def test_a_model_with_a_head_has_the_hidden_rows_of_its_encoder(tmp_path: Path, architecture: type[Any]) -> None:
     model = lively_bert(architecture=architecture)
     model.save_pretrained(tmp_path)
     wanted = np.concatenate([theirs(model.bert, row)[0] for row in ROWS])

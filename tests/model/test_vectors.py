@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.vectors import compare, finite_rows, int8_range, normalize, quantize, shorten
+from model.vectors import compare, finite_rows, int8_range, normalize, quantize, shorten, sigmoid, softmax
 
 ROWS = np.array([[3, 4], [0, 0], [-5, 0], [1e-20, 0]], dtype=np.float32)
 
@@ -22,6 +22,13 @@ def test_shorten_keeps_the_first_columns() -> None:
     assert shorten(ROWS, 1).tolist() == ROWS[:, :1].tolist()
     assert shorten(ROWS, 1).flags.c_contiguous
     assert shorten(ROWS, None) is ROWS
+
+
+def test_softmax_and_sigmoid_by_hand_however_large() -> None:
+    rows = np.array([[0, np.log(3)], [1000, 999], [-1000, 1000]], dtype=np.float32)
+    np.testing.assert_allclose(softmax(rows), [[0.25, 0.75], [0.7310586, 0.2689414], [0, 1]], rtol=1e-6)
+    np.testing.assert_allclose(sigmoid(rows), [[0.5, 0.75], [1, 1], [0, 1]], rtol=1e-6)
+    assert softmax(rows).dtype == sigmoid(rows).dtype == np.float32
 
 
 A = np.array([[3, 4], [1, 0]], dtype=np.float32)

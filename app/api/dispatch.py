@@ -1,0 +1,80 @@
+"""Paths that several routes stand behind: told apart by the model's kind, or by what the body holds."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Response
+from pydantic import BaseModel, Discriminator, Tag, ValidationError
+
+from app.api import rerank, tei
+from app.api.answers import ERRORS, Accepted
+from app.api.fields import PerTextQuery
+from app.api.json_route import JsonRoute, ServiceOf, describe
+from app.errors import InvalidInput
+from model.config import Kind
+
+router = APIRouter(tags=["embed"], responses=ERRORS, route_class=JsonRoute)
+
+RerankRequest = Annotated[
+    Annotated[tei.RerankRequest, Tag("TEI")] | Annotated[rerank.DocumentsRequest, Tag("Cohere")],
+    Discriminator(lambda body: "Cohere" if isinstance(body, dict) and "documents" in body else "TEI"),
+]
+Body = dict[str, Any]
+Answer = (
+    list[list[float]]
+    | list[float]
+    | list[list[tei.Weight]]
+    | list[tei.Prediction]
+    | list[list[tei.Prediction]]
+    | list[tei.Rank]
+    | rerank.Results
+)
+
+
+@router.post("/rerank", response_model=list[tei.Rank] | rerank.Results)
+async def reranked(request: RerankRequest, service: ServiceOf) -> Response:
+    """The texts by how well they answer the query, the best first; with `documents` in place of `texts`, as /v1/rerank."""
+    if isinstance(request, rerank.DocumentsRequest):
+        return await rerank.rerank(request, service, "1")
+    return await tei.rerank(request, service)
+
+
+@router.post("/", response_model=Answer)
+async def root(request: Body, service: ServiceOf, query: PerTextQuery, accepted: Accepted) -> Response:
+    """/embed, /similarity, /embed_sparse, /predict or /rerank, by the model's kind; a lone text is a list of one to /predict.
+
+    Hugging Face's clients post here, and of predictions they read a list of lists only.
+    """
+    if isinstance(request.get("inputs"), str) and service.config.labels:
+        request["inputs"] = [[request["inputs"]]]
+    return await invocations(request, service, query, accepted)
+
+
+@router.post("/invocations", response_model=Answer)
+async def invocations(request: Body, service: ServiceOf, query: PerTextQuery, accepted: Accepted) -> Response:
+    """The same for SageMaker, which posts here; a lone text gets one list, as from /predict."""
+    wanted = _wanted(service.config.kind, request)
+    try:
+        read = wanted.model_validate(request)
+    except ValidationError as error:
+        raise InvalidInput(describe(error)) from None
+    match read:
+        case tei.EmbedRequest():
+            return await tei.embed(read, service, query, accepted)
+        case tei.SimilarityRequest():
+            return await tei.similarity(read, service, query)
+        case tei.EmbedSparseRequest():
+            return await tei.embed_sparse(read, service)
+        case tei.RerankRequest():
+            return await tei.rerank(read, service)
+        case tei.PredictRequest():
+            return await tei.predict(read, service)
+    raise AssertionError(wanted)
+
+
+def _wanted(kind: Kind, body: Body) -> type[BaseModel]:
+    """What a body is to be read as."""
+    if kind == "sparse":
+        return tei.EmbedSparseRequest
+    if kind == "embedder":
+        return tei.SimilarityRequest if isinstance(body.get("inputs"), dict) else tei.EmbedRequest
+    return tei.RerankRequest if kind == "reranker" and "query" in body else tei.PredictRequest

@@ -1,0 +1,104 @@
+"""The dialect of Cohere's and Jina's rerank APIs."""
+
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Response
+from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr
+
+from app.api.answers import json_answer
+from app.api.json_route import JsonRoute, ServiceOf
+from app.service import Scoring, Service
+
+
+class ErrorBody(BaseModel):
+    """Every refusal on these routes."""
+
+    message: str
+    error_type: str
+
+
+def refusal(status: int, word: str, message: str) -> tuple[int, Mapping[str, Any]]:
+    """An error as Cohere's clients read it: status and body."""
+    return status, {"message": message, "error_type": word}
+
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {"model": ErrorBody, "description": "the query or a document is empty"},
+    401: {"model": ErrorBody, "description": "the key is missing or wrong"},
+    413: {"model": ErrorBody, "description": "the body is too large"},
+    422: {"model": ErrorBody, "description": "the request is invalid"},
+    424: {"model": ErrorBody, "description": "the model is no reranker"},
+    429: {"model": ErrorBody, "description": "overloaded; Retry-After says when to come back"},
+    500: {"model": ErrorBody, "description": "the encoder failed"},
+    503: {"model": ErrorBody, "description": "not ready; Retry-After says when to come back"},
+    504: {"model": ErrorBody, "description": "the deadline passed"},
+}
+
+router = APIRouter(tags=["rerank"], responses=_ERRORS, route_class=JsonRoute)
+
+Positive = Annotated[StrictInt, Field(ge=1)]
+
+
+class Document(BaseModel):
+    text: StrictStr
+
+
+class DocumentsRequest(BaseModel):
+    query: StrictStr
+    documents: list[StrictStr | Document]
+    top_n: Positive | None = Field(None, description="how many of the best to answer; default: all")
+    return_documents: StrictBool | None = Field(None, description="answer each document with its score; default false")
+    max_tokens_per_doc: Positive | None = Field(None, description="cut each document to so many tokens")
+    model: StrictStr | None = Field(None, description="of no effect: one model is served, and answers name it")
+
+
+class Result(BaseModel):
+    index: int
+    relevance_score: float
+    document: Document | None = None
+
+
+class Usage(BaseModel):
+    total_tokens: int
+    prompt_tokens: int
+
+
+class Results(BaseModel):
+    id: str
+    results: list[Result]
+    meta: dict[str, Any]
+    usage: Usage
+    model: str
+
+
+@router.post("/v1/rerank", response_model=Results)
+async def rerank_v1(request: DocumentsRequest, service: ServiceOf) -> Response:
+    """The documents by how well they answer the query, the best first."""
+    return await rerank(request, service, "1")
+
+
+@router.post("/v2/rerank", response_model=Results)
+async def rerank_v2(request: DocumentsRequest, service: ServiceOf) -> Response:
+    """The same in version 2 of Cohere's API."""
+    return await rerank(request, service, "2")
+
+
+async def rerank(request: DocumentsRequest, service: Service, version: str) -> Response:
+    texts = [item if isinstance(item, str) else item.text for item in request.documents]
+    scores, stats = await service.rerank(request.query, texts, Scoring(max_second=request.max_tokens_per_doc))
+    best = (-scores).argsort(kind="stable")[: request.top_n]
+    answer = {
+        "id": str(uuid.uuid4()),
+        "results": [_result(place, scores[place], texts if request.return_documents else None) for place in best],
+        "meta": {"api_version": {"version": version}, "billed_units": {"search_units": 1}},
+        "usage": {"total_tokens": stats.tokens, "prompt_tokens": stats.tokens},
+        "model": service.name,
+    }
+    return json_answer(service, answer, stats)
+
+
+def _result(place: int, score: Any, texts: Sequence[str] | None) -> dict[str, Any]:
+    document = {} if texts is None else {"document": {"text": texts[place]}}
+    return {"index": place, "relevance_score": score, **document}
