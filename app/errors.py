@@ -4,13 +4,15 @@ ServiceError              500 Internal
 ├── EmptyInput            400 Empty
 ├── Unauthorized          401 Unauthorized
 ├── NotFound              404 NotFound
+├── Conflict              409 Conflict
 ├── BodyTooLarge          413 Validation
 ├── InvalidInput          422 Validation
 ├── WrongKind             424 Backend
 ├── Overloaded            429 Overloaded   Retry-After
 ├── EngineError           500 Backend
 ├── NotReady              503 Unhealthy    Retry-After
-└── DeadlineExceeded      504 Timeout
+├── DeadlineExceeded      504 Timeout
+└── StorageFailed         507 Storage
 """
 
 from typing import ClassVar
@@ -41,6 +43,11 @@ class Unauthorized(ServiceError):
 class NotFound(ServiceError):
     status = 404
     word = "NotFound"
+
+
+class Conflict(ServiceError):
+    status = 409
+    word = "Conflict"
 
 
 class BodyTooLarge(ServiceError):
@@ -76,3 +83,8 @@ class NotReady(ServiceError):
 class DeadlineExceeded(ServiceError):
     status = 504
     word = "Timeout"
+
+
+class StorageFailed(ServiceError):
+    status = 507
+    word = "Storage"

@@ -1,16 +1,18 @@
 """The composition root: an app around a service."""
 
+import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 
 from fastapi import FastAPI, Request, Response
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Scope
 
-from app.api import ops, tei
-from app.api.json_route import DirectRoutes, JsonRoute
+from app.api import classify, ops, tei
+from app.api.json_route import DirectRoutes
 from app.auth import RequireKey
+from app.classification import Classification
 from app.errors import ServiceError
 from app.metrics import Metrics
 from app.middleware import BodyLimit, CancelOnDisconnect, Observe, Refuse
@@ -32,7 +34,7 @@ def create_app(settings: Settings, service: Service | None = None) -> ASGIApp:
         return refusal(error, scope)
 
     api = create_api(settings, metrics, service, refuse)
-    app: ASGIApp = DirectRoutes(api, [route for route in tei.router.routes if isinstance(route, JsonRoute)], refuse)
+    app: ASGIApp = DirectRoutes(api, [*tei.router.routes, *classify.router.routes], refuse)
     app = CancelOnDisconnect(app)
     app = BodyLimit(app, settings.max_body_bytes, refuse)
     if settings.api_key is not None:
@@ -45,12 +47,10 @@ def create_api(settings: Settings, metrics: Metrics, service: Service | None, re
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        if service is not None:
-            app.state.service = service
-            yield
-            return
-        async with running_service(settings, metrics) as started:
+        async with nullcontext(service) if service else running_service(settings, metrics) as started:
             app.state.service = started
+            app.state.classification = Classification(started)
+            await asyncio.to_thread(app.state.classification.store.open)
             yield
 
     async def on_service_error(request: Request, error: ServiceError) -> ASGIApp:
@@ -59,13 +59,15 @@ def create_api(settings: Settings, metrics: Metrics, service: Service | None, re
     api: FastAPI = FastAPIOffline(
         title="bertd",
         version=VERSION,
-        description="Text to BERT representations: token matrices, vectors, similarity.",
+        description="Text to BERT representations: token matrices, vectors, similarity, classes.",
         lifespan=lifespan,
         redoc_url=None,
         swagger_ui_parameters={"tryItOutEnabled": True},
         exception_handlers={ServiceError: on_service_error, HTTPException: _on_http_exception},
     )
     api.include_router(tei.router)
+    api.include_router(classify.router)
+    api.include_router(classify.classifiers)
     api.include_router(ops.router)
     return api
 

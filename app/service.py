@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from app.engine import HIDDEN, Engine, EngineOptions
-from app.errors import DeadlineExceeded, EmptyInput, InvalidInput, ServiceError
+from app.errors import DeadlineExceeded, EmptyInput, InvalidInput, Overloaded, ServiceError
 from app.metrics import Metrics
 from app.scheduler import Answer, Scheduler
 from app.settings import Settings
@@ -29,6 +29,8 @@ Input = str | list[int]
 VERSION = version("bertd")
 
 _TOKENIZERS = 2  # threads that tokenize; the library releases the interpreter lock
+_FRAME = 2  # special tokens around a text
+_PATIENCE = 1.0  # seconds until work without a deadline asks a full queue again
 _SMALL = 1000  # characters that are tokenized in the event loop: 0.1 ms, what a thread costs
 
 T = TypeVar("T")
@@ -86,6 +88,17 @@ class Encoded:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Space:
+    """What two vectors must have in common to be compared. `model` is the SHA-256 of the weights."""
+
+    model: str
+    dimension: int
+    pooling: PoolingMode
+    prompt_name: str | None
+    prompt: str
+
+
 class Service:
     """An encoder with everything around it that a request needs."""
 
@@ -103,6 +116,7 @@ class Service:
         self.metrics = metrics
         self.facts = facts
         self.scheduler = scheduler
+        self.closing = asyncio.Event()  # set when the server stops: work that takes long gives up
         self._tokenizer = tokenizer
         self._threads = ThreadPoolExecutor(max_workers=facts["tokenization_workers"], thread_name_prefix="tokenize")
 
@@ -114,6 +128,26 @@ class Service:
         answer = await self._infer(encoded.rows, pooling)
         vectors = shorten(np.stack(_results(answer)), options.dimensions)
         return normalize(vectors) if options.normalize else vectors, self._account(encoded, answer)
+
+    async def embed_many(
+        self, texts: Sequence[str], options: Embedding, progress: Callable[[int], object] = lambda count: None
+    ) -> tuple[FloatArray, int]:
+        """One vector per text, [N, out], for any number of texts, and how many of them were cut.
+
+        They go through the queue in slices that take turns with the rows of others. Where `embed` would be refused
+        because the queue is full, this waits; no deadline applies. `progress` is told of each slice that is done.
+        """
+        pooling = self._pooling(options.pooling)
+        vectors = np.empty((len(texts), self.config.dimension), dtype=np.float32)
+        truncated = done = 0
+        for part in self._slices(texts):
+            encoded = await self._encode(part, options)
+            answer = await self._submit_patiently(encoded.rows, pooling)
+            vectors[done : done + len(part)] = _results(answer)
+            truncated += self._account(encoded, answer).truncated
+            done += len(part)
+            progress(len(part))
+        return normalize(vectors) if options.normalize else vectors, truncated
 
     async def embed_tokens(
         self, inputs: Sequence[Input], options: Encoding, with_tokens: bool = False
@@ -146,6 +180,11 @@ class Service:
         self._check_list(rows)
         decode = self._tokenizer.decode
         return await self._off_loop(lambda: [decode(ids, skip_special_tokens) for ids in rows], sum(map(len, rows)))
+
+    def space(self, pooling: PoolingMode | None, prompt_name: str | None) -> Space:
+        """The space of the vectors that `embed` gives under these options."""
+        named = prompt_name or self.config.default_prompt
+        return Space(self.facts["sha256"], self.config.dimension, self._pooling(pooling), named, self._prompt(prompt_name))
 
     def info(self) -> dict[str, Any]:
         """What is served and what was decided at start: TEI's keys, then ours."""
@@ -200,6 +239,25 @@ class Service:
                 return await self.scheduler.submit(rows, task)
         except TimeoutError:
             raise DeadlineExceeded(f"no answer within {timeout:g} s; send fewer texts or try again later") from None
+
+    def _slices(self, texts: Sequence[str]) -> Iterator[Sequence[str]]:
+        """Texts in lists that fill half of the queue at most. A token stands for a character at least, so this is cautious."""
+        room, limit = self.scheduler.max_queue_tokens // 2, self.settings.max_client_batch_size
+        start = tokens = 0
+        for place, text in enumerate(texts):
+            size = min(len(text) + _FRAME, self.config.max_tokens)
+            if place > start and (tokens + size > room or place - start == limit):
+                yield texts[start:place]
+                start, tokens = place, 0
+            tokens += size
+        yield texts[start:]
+
+    async def _submit_patiently(self, rows: list[Tokens], task: str) -> Answer:
+        while True:
+            try:
+                return await self.scheduler.submit(rows, task)
+            except Overloaded as refusal:
+                await asyncio.sleep(min(refusal.retry_after or _PATIENCE, _PATIENCE))
 
     async def _off_loop(self, function: Callable[[], T], size: int) -> T:
         """Call a function of the tokenizer in a thread; in the event loop where that is sooner done than the way there."""

@@ -51,6 +51,13 @@ def _distances(a: FloatArray, b: FloatArray) -> FloatArray:
     return distances
 
 
+def softmax(logits: FloatArray) -> FloatArray:
+    """Logits [N, C] as probabilities: each row adds up to 1. The largest is taken off first, so that nothing overflows."""
+    powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    probabilities: FloatArray = powers / powers.sum(axis=-1, keepdims=True)
+    return probabilities
+
+
 def finite_rows(rows: FloatArray) -> NDArray[np.bool_]:
     """Which rows [N, ...] hold neither NaN nor infinity -> [N]."""
     return np.asarray(np.isfinite(rows).reshape(len(rows), -1).all(axis=1))

@@ -6,6 +6,7 @@ from typing import Annotated, Any, get_type_hints
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.routing import APIRoute
 from pydantic import TypeAdapter, ValidationError
+from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.errors import InvalidInput, ServiceError
@@ -16,36 +17,41 @@ _PROBLEMS = 3  # that one refusal names
 
 
 class JsonRoute(APIRoute):
-    """A route whose endpoint is `async def (request: Model, service) -> Response`.
+    """A route whose endpoint is `async def (request: Model, …) -> Response`.
 
+    Its other parameters are what stands around every request, as `Annotated[T, Depends(find)]`, and parts of the path.
     FastAPI documents it from its signature; the body goes from bytes to the model in one step, whatever its content
     type, without FastAPI's json.loads (which lets lone surrogates pass) and its solving of dependencies.
     """
 
     def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:  # type: ignore[override]
         endpoint = self.endpoint
-        read = TypeAdapter(get_type_hints(endpoint, include_extras=True)["request"]).validate_json
+        hints = get_type_hints(endpoint, include_extras=True)
+        read = TypeAdapter(hints["request"]).validate_json
+        around = {name: hint.__metadata__[0].dependency for name, hint in hints.items() if hasattr(hint, "__metadata__")}
 
         async def answer(request: Request) -> Response:
             try:
                 body = read(await request.body())
             except ValidationError as error:
                 raise InvalidInput(describe(error)) from None
-            response: Response = await endpoint(body, service_of(request))
+            found = {name: find(request) for name, find in around.items()}
+            response: Response = await endpoint(body, **found, **request.path_params)
             return response
 
         return answer
 
 
 class DirectRoutes:
-    """Sends a POST to a JSON route straight to its handler, and everything else to the app.
+    """Sends a POST to a JSON route whose path has no parameters straight to its handler, and everything else to the app.
 
-    Nothing between them concerns such a request: its path has no parameters and its body is read by the handler.
+    Nothing between them concerns such a request: its body is read by the handler.
     """
 
-    def __init__(self, app: FastAPI, routes: Iterable[JsonRoute], refuse: Refuse) -> None:
+    def __init__(self, app: FastAPI, routes: Iterable[BaseRoute], refuse: Refuse) -> None:
         self._app = app
-        self._routes = {route.path: (route, route.get_route_handler()) for route in routes}
+        direct = [route for route in routes if isinstance(route, JsonRoute) and route.methods == {"POST"}]
+        self._routes = {route.path: (route, route.get_route_handler()) for route in direct if not route.param_convertors}
         self._refuse = refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -1,13 +1,13 @@
 """The dialect of Hugging Face text-embeddings-inference, and what we add to it."""
 
 import time
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, BeforeValidator, Field, StrictBool, StrictInt, StrictStr
 
+from app.api.headers import headers_of
 from app.api.json_route import JsonRoute, ServiceOf
 from app.render import json_bytes, json_matrices
 from app.service import Embedding, Encoding, Input, Service, Stats
@@ -170,26 +170,6 @@ def as_list(inputs: str | list[Any]) -> list[Input]:
     """A single text, or the token ids of one, is a list of one from here on."""
     lone = isinstance(inputs, str) or (bool(inputs) and isinstance(inputs[0], int))
     return [inputs] if lone else inputs  # type: ignore[return-value]
-
-
-def headers_of(stats: Stats) -> Mapping[str, str]:
-    """TEI's headers, in whole milliseconds, and how many texts were cut."""
-    compute = stats.tokenize + stats.queue + stats.infer
-    return {
-        "x-compute-type": stats.device,
-        "x-compute-time": _milliseconds(compute),
-        "x-compute-characters": str(stats.characters),
-        "x-compute-tokens": str(stats.tokens),
-        "x-total-time": _milliseconds(compute),
-        "x-tokenization-time": _milliseconds(stats.tokenize),
-        "x-queue-time": _milliseconds(stats.queue),
-        "x-inference-time": _milliseconds(stats.infer),
-        "x-truncated": str(stats.truncated),
-    }
-
-
-def _milliseconds(seconds: float) -> str:
-    return str(round(seconds * 1000))
 
 
 def _json(service: Service, value: Any, stats: Stats | None = None) -> Response:
