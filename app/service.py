@@ -30,7 +30,7 @@ VERSION = version("bertd")
 
 _TOKENIZERS = 2  # threads that tokenize; the library releases the interpreter lock
 _FRAME = 2  # special tokens around a text
-_PATIENCE = 1.0  # seconds until work without a deadline asks a full queue again
+_PATIENCE = 0.1  # seconds until work without a deadline asks a full queue again
 _SMALL = 1000  # characters that are tokenized in the event loop: 0.1 ms, what a thread costs
 
 T = TypeVar("T")
@@ -256,8 +256,8 @@ class Service:
         while True:
             try:
                 return await self.scheduler.submit(rows, task)
-            except Overloaded as refusal:
-                await asyncio.sleep(min(refusal.retry_after or _PATIENCE, _PATIENCE))
+            except Overloaded:
+                await asyncio.sleep(_PATIENCE)
 
     async def _off_loop(self, function: Callable[[], T], size: int) -> T:
         """Call a function of the tokenizer in a thread; in the event loop where that is sooner done than the way there."""

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.vectors import compare, finite_rows, normalize, shorten
+from model.vectors import compare, finite_rows, normalize, shorten, softmax
 
 ROWS = np.array([[3, 4], [0, 0], [-5, 0], [1e-20, 0]], dtype=np.float32)
 
@@ -76,3 +76,9 @@ def test_rows_that_are_no_numbers_are_found(shape: tuple[int, ...], bad: float) 
     rows = np.zeros(shape, dtype=np.float32)
     rows[2].flat[1] = bad
     assert finite_rows(rows).tolist() == [True, True, False, True]
+
+
+def test_softmax_gives_probabilities_by_hand_and_does_not_overflow():
+    rows = softmax(np.array([[0, np.log(3)], [1e30, 1e30], [-1e38, 1e38]], dtype=np.float32))
+    np.testing.assert_allclose(rows, [[0.25, 0.75], [0.5, 0.5], [0, 1]], rtol=1e-6)
+    assert rows.dtype == np.float32
