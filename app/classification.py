@@ -194,7 +194,7 @@ class Classification:
         missing = [key for key in dict.fromkeys(keys) if key not in kept]
         for start in range(0, len(missing), self._service.settings.max_client_batch_size):
             part = missing[start : start + self._service.settings.max_client_batch_size]
-            vectors, stats = await self._service.embed([key[2] for key in part], options)
+            vectors, stats = await self._service.embed([key[2] for key in part], replace(options, truncate=None))
             if stats.truncated:
                 raise InvalidInput(f"a label in its template has more than {self._service.config.max_tokens} tokens; shorten it")
             kept |= zip(part, vectors, strict=True)

@@ -58,6 +58,8 @@ classifiers = APIRouter(tags=["classify"], responses=_ERRORS)  # the routes with
 
 
 class Space(BaseModel):
+    """Which vectors a text is told by; null is the same as absent."""
+
     pooling: PoolingMode | None = Field(None, description="default: the checkpoint's own")
     prompt_name: StrictStr | None = Field(None, description="a prompt of the checkpoint to put before each text")
 

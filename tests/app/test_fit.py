@@ -92,8 +92,6 @@ def test_a_fit_is_served_and_a_bad_one_leaves_it(make_checkpoint, tmp_path):
             ("one.csv", "1 different labels; wanted 2"),
             ("none.csv", "can't be read"),
             ("data.csv", "--name", "../up", "wanted 1 to 64"),
-            ("data.csv", "--name", "Letters", "differs in case only"),
-            ("data.csv", "--prompt-name", "query", "Available prompts"),
         ]:
             assert message in one_line(fit(file, *options))
         assert server.client.get("/classifiers/letters").json() == before
