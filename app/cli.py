@@ -1,4 +1,4 @@
-"""The command line: serve, info, embed. Each calls the same functions as the server."""
+"""The command line: serve, info, embed, fit. Each calls the same functions as the server."""
 
 import argparse
 import asyncio
@@ -17,7 +17,13 @@ from app.settings import Settings, SettingsError
 
 _KEEP_ALIVE = 75  # seconds: longer than proxies and pools keep a connection, so that it is never closed under a request
 _UNLIMITED = 2**40
-_CHUNK = 512  # texts of `bertd embed` in one submission; the next is tokenized while one is encoded
+_CHUNK = 512  # texts of a command in one submission
+# Nobody else waits for the encoder of a command.
+_ALONE = {
+    **dict.fromkeys(("max_queue_tokens", "max_request_tokens"), _UNLIMITED),
+    "max_client_batch_size": _CHUNK,
+    "request_timeout": float(_UNLIMITED),
+}
 
 
 class Failure(Exception):
@@ -49,14 +55,20 @@ def serve(settings: Settings) -> None:
     from app.main import create_app
     from app.service import Service
 
-    banner = ""
-
     class Server(uvicorn.Server):
         """uvicorn's, but it says when it listens, and ends with exit code 0 after a signal: uvicorn would raise it again."""
 
+        def __init__(self, config: uvicorn.Config, service: Service) -> None:
+            super().__init__(config)
+            self._service = service
+
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
-            print(banner, flush=True)
+            print(_banner(self._service.info(), sock, settings.url_prefix or ""), flush=True)
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            self._service.closing.set()
+            await super().shutdown(sockets)
 
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:
@@ -65,20 +77,16 @@ def serve(settings: Settings) -> None:
             yield
 
     async def run(service: Service) -> None:
-        nonlocal banner
-        banner = _banner(service.info(), sock, settings.url_prefix or "")
-        app = create_app(settings, service)
-        await Server(
-            uvicorn.Config(
-                app,
-                http="httptools",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                proxy_headers=False,
-                timeout_keep_alive=_KEEP_ALIVE,
-            )
-        ).serve([sock])
+        config = uvicorn.Config(
+            create_app(settings, service),
+            http="httptools",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=_KEEP_ALIVE,
+        )
+        await Server(config, service).serve([sock])
 
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
     _with_service(settings, run)
@@ -99,14 +107,53 @@ def embed(settings: Settings, file: Path, output: Path | None, **options: Any) -
     if target.suffix not in _WRITERS:
         raise Failure(f"{target} ends in {target.suffix or 'nothing'}; wanted one of {', '.join(_WRITERS)}")
     texts = _read_texts(file)
-    limits = ("max_queue_tokens", "max_request_tokens", "request_timeout")
-    unlimited = {**dict.fromkeys(limits, _UNLIMITED), "max_client_batch_size": _CHUNK}
 
     async def run(service: Any) -> None:
         _WRITERS[target.suffix](target, texts, await _embed_all(service, file, texts, options))
 
-    _with_service(settings.model_copy(update=unlimited), run)
+    _with_service(settings.model_copy(update=_ALONE), run)
     print(f"{len(texts)} vectors in {target}", file=sys.stderr)
+
+
+def fit(settings: Settings, file: Path, text: str, label: str, name: str, balanced: bool, prompt_name: str | None) -> None:
+    """Fit a classifier on the labelled texts of a CSV file and keep it for the server."""
+    from app.examples import ExamplesError, read_examples
+
+    try:
+        examples = read_examples(file, text, label)
+    except ExamplesError as error:
+        raise Failure(str(error)) from None
+
+    async def run(service: Any) -> None:
+        from tqdm import tqdm
+
+        from app.classification import Classification
+        from app.service import Embedding
+
+        options = Embedding(prompt_name=prompt_name)
+        with tqdm(total=len(examples), unit="text", disable=None) as progress:
+            outcome = await Classification(service).fit(name, examples, options, balanced, progress.update)
+        print(_report(name, outcome))
+
+    _with_service(settings.model_copy(update=_ALONE), run)
+
+
+def _report(name: str, outcome: Any) -> str:
+    """What was fitted and, where examples could be held out, the confusion table and the figures out of it."""
+    card, judged = outcome.card, outcome.card.cross_validation
+    lines = [f"{name}: {sum(card.counts.values())} examples of {len(card.labels)} labels in {outcome.seconds:.1f} s"]
+    if card.truncated:
+        lines.append(f"{card.truncated} texts were longer than the model takes and were cut")
+    if judged.reason:
+        return "\n".join([*lines, f"not judged: {judged.reason}"])
+    width = max(map(len, card.labels))
+    columns = [str(place) for place in range(1, len(card.labels) + 1)]
+    size = max(len(str(outcome.confusion.max())), len(columns[-1])) + 2
+    lines.append(f"held-out examples of each label (row) by the label that they were taken for, {judged.folds} folds:")
+    lines.append(" " * (width + 5) + "".join(column.rjust(size) for column in columns))
+    for column, label, row in zip(columns, card.labels, outcome.confusion, strict=True):
+        lines.append(f"{column:>4} {label:<{width}}" + "".join(str(count).rjust(size) for count in row))
+    return "\n".join([*lines, f"accuracy {judged.accuracy:.3f}, macro-F1 {judged.macro_f1:.3f}"])
 
 
 async def _embed_all(service: Any, file: Path, texts: list[str], options: Mapping[str, Any]) -> Any:
@@ -253,17 +300,34 @@ def _banner(facts: Mapping[str, Any], sock: socket.socket, prefix: str) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bertd", description="Text embeddings over HTTP from a BERT encoder.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (serve, info, embed):
+    for command in (serve, info, embed, fit):
         about = (command.__doc__ or "").split("\n", 1)[0]
         sub = commands.add_parser(command.__name__, help=about, description=about)
         sub.set_defaults(command=command)
         for name, option in Settings.model_fields.items():
             sub.add_argument(f"--{name.replace('_', '-')}", dest=name, metavar=name.upper(), help=option.description)
+        if add_options := _OPTIONS.get(command.__name__):
+            add_options(sub)
+    return parser
+
+
+def _embed_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("file", metavar="FILE", type=Path, help="one text per line, or .jsonl")
     sub.add_argument("-o", "--output", type=Path, help=f"{', '.join(_WRITERS)}; default: FILE with the suffix .npy")
     sub.add_argument("--no-normalize", dest="normalize", action="store_false", help="keep the length of each vector")
     sub.add_argument("--dimensions", type=int, help="keep this many numbers of each vector")
-    return parser
+
+
+def _fit_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("file", metavar="FILE", type=Path, help="CSV in UTF-8; its first row names the columns")
+    sub.add_argument("--text", required=True, metavar="COLUMN", help="column of the texts")
+    sub.add_argument("--label", required=True, metavar="COLUMN", help="column of the labels")
+    sub.add_argument("--name", required=True, help="name to keep the classifier under")
+    sub.add_argument("--balanced", action="store_true", help="rare labels weigh as much as frequent ones")
+    sub.add_argument("--prompt-name", help="a prompt of the checkpoint to put before each text")
+
+
+_OPTIONS: Mapping[str, Callable[[argparse.ArgumentParser], None]] = {"embed": _embed_options, "fit": _fit_options}
 
 
 if __name__ == "__main__":

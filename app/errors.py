@@ -5,6 +5,7 @@ ServiceError              500 Internal
 ├── Unauthorized          401 Unauthorized
 ├── NotFound              404 NotFound
 ├── NotAcceptable         406 Validation
+├── Conflict              409 Conflict
 ├── BodyTooLarge          413 Validation
 ├── TooManyTokens         413 Validation
 ├── InvalidInput          422 Validation
@@ -12,7 +13,8 @@ ServiceError              500 Internal
 ├── Overloaded            429 Overloaded   Retry-After
 ├── EngineError           500 Backend
 ├── NotReady              503 Unhealthy    Retry-After
-└── DeadlineExceeded      504 Timeout
+├── DeadlineExceeded      504 Timeout
+└── StorageFailed         507 Storage
 """
 
 from typing import ClassVar
@@ -48,6 +50,11 @@ class NotFound(ServiceError):
 class NotAcceptable(ServiceError):
     status = 406
     word = "Validation"
+
+
+class Conflict(ServiceError):
+    status = 409
+    word = "Conflict"
 
 
 class BodyTooLarge(ServiceError):
@@ -88,3 +95,8 @@ class NotReady(ServiceError):
 class DeadlineExceeded(ServiceError):
     status = 504
     word = "Timeout"
+
+
+class StorageFailed(ServiceError):
+    status = 507
+    word = "Storage"

@@ -1,7 +1,8 @@
 """The composition root: an app around a service."""
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -9,9 +10,10 @@ from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Scope
 
-from app.api import chunks, dispatch, openai, ops, rerank, tei, vllm
+from app.api import chunks, classify, dispatch, openai, ops, rerank, tei, vllm
 from app.api.json_route import DirectRoutes, JsonRoute
 from app.auth import RequireKey
+from app.classification import Classification
 from app.compression import Compress
 from app.errors import NotFound, ServiceError
 from app.metrics import Metrics
@@ -27,17 +29,23 @@ ROUTERS = (
     openai.model_router,
     rerank.router,
     vllm.router,
+    classify.router,
+    classify.classifiers,
     dispatch.router,
     ops.router,
 )
-JSON_ROUTES = [route for router in ROUTERS for route in router.routes if isinstance(route, JsonRoute)]
+JSON_ROUTES = [
+    route
+    for router in ROUTERS
+    for route in router.routes
+    if isinstance(route, JsonRoute) and route.methods == {"POST"} and not route.param_convertors
+]
 
 _DIALECTS: Mapping[str, Callable[[int, str, str], tuple[int, Mapping[str, Any]]]] = {
     "/v1/rerank": rerank.refusal,
     "/v2/rerank": rerank.refusal,
     "/v1/score": vllm.refusal,
     "/score": vllm.refusal,
-    "/classify": vllm.refusal,
     "/v1/": openai.refusal,
     "/embeddings": openai.refusal,
     "/models": openai.refusal,
@@ -73,12 +81,10 @@ def create_api(settings: Settings, metrics: Metrics, service: Service | None, re
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        if service is not None:
-            app.state.service = service
-            yield
-            return
-        async with running_service(settings, metrics) as started:
+        async with nullcontext(service) if service else running_service(settings, metrics) as started:
             app.state.service = started
+            app.state.classification = Classification(started)
+            await asyncio.to_thread(app.state.classification.store.open)
             yield
 
     async def on_service_error(request: Request, error: ServiceError) -> ASGIApp:
@@ -87,7 +93,7 @@ def create_api(settings: Settings, metrics: Metrics, service: Service | None, re
     api: FastAPI = FastAPIOffline(
         title="bertd",
         version=VERSION,
-        description="Text to BERT representations: token matrices, vectors, similarity.",
+        description="Text to BERT representations: token matrices, vectors, similarity, classes.",
         lifespan=lifespan,
         redoc_url=None,
         swagger_ui_parameters={"tryItOutEnabled": True},

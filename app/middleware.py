@@ -123,7 +123,9 @@ class BodyLimit:
             await self._refuse(error, scope)(scope, receive, _lingering(send, receive))
 
     def _too_large(self) -> BodyTooLarge:
-        return BodyTooLarge(f"the body is larger than {self._max_bytes} bytes; send fewer or shorter texts")
+        return BodyTooLarge(
+            f"the body is larger than {self._max_bytes} bytes; send fewer or shorter texts, or raise BERTD_MAX_BODY_BYTES"
+        )
 
 
 def _lingering(send: Send, receive: Receive) -> Send:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from app.engine import HIDDEN, SPARSE, Engine, EngineOptions
-from app.errors import DeadlineExceeded, EmptyInput, InvalidInput, NotReady, ServiceError, WrongKind
+from app.errors import DeadlineExceeded, EmptyInput, InvalidInput, NotReady, Overloaded, ServiceError, WrongKind
 from app.inputs import TOKENIZERS, Encoded, Encoding, Input, Item, Reader, Span, Token
 from app.metrics import Metrics
 from app.scheduler import Answer, Outcome, Scheduler
@@ -28,7 +28,7 @@ Merge = Callable[[Pieces, list[FloatArray]], FloatArray]
 """What the engine gave for the pieces of a text, as one array."""
 
 ROUTES: Mapping[Kind, str] = {
-    "embedder": "/embed, /embed_all, /embed_chunks, /similarity, /score, /v1/embeddings",
+    "embedder": "/embed, /embed_all, /embed_chunks, /similarity, /score, /v1/embeddings, /classify",
     "classifier": "/predict, /classify",
     "reranker": "/rerank, /v1/rerank, /v2/rerank, /score, /predict, /classify",
     "sparse": "/embed_sparse",
@@ -37,6 +37,8 @@ ROUTES: Mapping[Kind, str] = {
 
 VERSION = version("bertd")
 
+_FRAME = 2  # special tokens around a text
+_PATIENCE = 0.1  # seconds until work without a deadline asks a full queue again
 _CONTEXT = 0.25  # of a window that it shares with its neighbour where the rows of single tokens are wanted
 
 
@@ -103,6 +105,17 @@ class Stats:
     details: list[Detail]
 
 
+@dataclass(frozen=True)
+class Space:
+    """What two vectors must have in common to be compared. `model` is the SHA-256 of the weights."""
+
+    model: str
+    dimension: int
+    pooling: PoolingMode
+    prompt_name: str | None
+    prompt: str
+
+
 class Service:
     """An encoder with everything around it that a request needs."""
 
@@ -122,6 +135,7 @@ class Service:
         self.scheduler = scheduler
         self.name = settings.served_model_name or settings.model
         self.started = int(time.time())
+        self.closing = asyncio.Event()  # set when the server stops: work that takes long gives up
         self.reader = Reader(settings, config, tokenizer)
 
     async def embed(self, inputs: Sequence[Input], options: Embedding) -> tuple[Array, Stats]:
@@ -138,6 +152,28 @@ class Service:
         )
         (rows,) = await self._quantize([self._finish(outcomes, options)], options.output_dtype)
         return rows, stats
+
+    async def embed_many(
+        self, texts: Sequence[str], options: Embedding, progress: Callable[[int], object] = lambda count: None
+    ) -> tuple[FloatArray, int]:
+        """One vector per text, [N, out], for any number of texts, and how many of them were cut.
+
+        They go through the queue in slices that take turns with the rows of others. Where `embed` would be refused
+        because the queue is full, this waits; no deadline applies. `progress` is told of each slice that is done.
+        """
+        self._check_kind("embedder")
+        pooling = self._pooling(options.pooling)
+        vectors = np.empty((len(texts), self.config.dimension), dtype=np.float32)
+        truncated = done = 0
+        for part in self._slices(texts):
+            encoded = await self.reader.read(part, replace(options, on_overflow="truncate"))
+            answer = await self._submit_patiently(encoded.rows, pooling)
+            outcomes = _merged(encoded, answer, lambda _, vectors: vectors[0])
+            vectors[done : done + len(part)] = np.stack(_raise_first(outcomes))
+            truncated += self._account(encoded, answer, outcomes).truncated
+            done += len(part)
+            progress(len(part))
+        return normalize(vectors) if options.normalize else vectors, truncated
 
     async def embed_tokens(
         self, inputs: Sequence[Input], options: Encoding, with_tokens: bool = False, output_dtype: OutputDtype = "float32"
@@ -232,6 +268,11 @@ class Service:
         self._check_list(rows)
         return await self.reader.decode(rows, skip_special_tokens)
 
+    def space(self, pooling: PoolingMode | None, prompt_name: str | None) -> Space:
+        """The space of the vectors that `embed` gives under these options."""
+        named = prompt_name or self.config.default_prompt
+        return Space(self.facts["sha256"], self.config.dimension, self._pooling(pooling), named, self.reader.prompt(prompt_name))
+
     def info(self) -> dict[str, Any]:
         """What is served and what was decided at start: TEI's keys, then ours."""
         facts, settings = self.facts, self.settings
@@ -288,7 +329,7 @@ class Service:
         habit = options.on_overflow or self.settings.on_overflow
         encoded = await self.reader.read(inputs, replace(options, on_overflow="truncate" if habit == "split" else habit))
         outcomes, stats = await self._infer(encoded, task, lambda _, parts: parts[0], partial=False)
-        return [outcome for outcome in outcomes if not isinstance(outcome, ServiceError)], stats
+        return _raise_first(outcomes), stats
 
     async def _infer(self, encoded: Encoded, task: str, merge: Merge, partial: bool) -> tuple[list[Outcome], Stats]:
         """What `merge` makes of the engine's answers for the pieces of each text; raises the first error, if not `partial`."""
@@ -297,9 +338,7 @@ class Service:
         answer = await self._submit(rows, task)
         size = 0 if len(rows) == len(encoded.items) else encoded.characters  # nothing to merge, or something
         outcomes = await self.reader.off_loop(lambda: _merged(encoded, answer, merge), size)
-        for outcome in outcomes:
-            if isinstance(outcome, NotReady) or (isinstance(outcome, ServiceError) and not partial):
-                raise outcome
+        _raise_first([outcome for outcome in outcomes if isinstance(outcome, NotReady) or not partial])
         return outcomes, self._account(encoded, answer, outcomes)
 
     async def _submit(self, rows: list[Tokens], task: str) -> Answer:
@@ -311,6 +350,25 @@ class Service:
                 return await self.scheduler.submit(rows, task)
         except TimeoutError:
             raise DeadlineExceeded(f"no answer within {timeout:g} s; send fewer texts or try again later") from None
+
+    def _slices(self, texts: Sequence[str]) -> Iterator[Sequence[str]]:
+        """Texts in lists that fill half of the queue at most. A token stands for a character at least, so this is cautious."""
+        room, limit = self.scheduler.max_queue_tokens // 2, self.settings.max_client_batch_size
+        start = tokens = 0
+        for place, text in enumerate(texts):
+            size = min(len(text) + _FRAME, self.config.max_tokens)
+            if place > start and (tokens + size > room or place - start == limit):
+                yield texts[start:place]
+                start, tokens = place, 0
+            tokens += size
+        yield texts[start:]
+
+    async def _submit_patiently(self, rows: list[Tokens], task: str) -> Answer:
+        while True:
+            try:
+                return await self.scheduler.submit(rows, task)
+            except Overloaded:
+                await asyncio.sleep(_PATIENCE)
 
     def _finish(self, outcomes: Iterable[Outcome], options: Embedding) -> FloatArray:
         """Pooled vectors as the client wants them: [N, out]."""
@@ -405,6 +463,14 @@ def _merged(encoded: Encoded, answer: Answer, merge: Merge) -> list[Outcome]:
         error = next((part for part in parts if isinstance(part, ServiceError)), None)
         outcomes.append(error or merge(item.pieces, [part for part in parts if not isinstance(part, ServiceError)]))
     return outcomes
+
+
+def _raise_first(outcomes: Sequence[Outcome]) -> list[FloatArray]:
+    """The outcomes, which must be arrays; raises the first that is an error."""
+    for outcome in outcomes:
+        if isinstance(outcome, ServiceError):
+            raise outcome
+    return [outcome for outcome in outcomes if not isinstance(outcome, ServiceError)]
 
 
 def _detail(item: Item | ServiceError, outcome: Outcome) -> Detail:

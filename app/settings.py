@@ -53,6 +53,7 @@ class Settings(BaseModel):
     max_client_batch_size: int = Field(2048, ge=1, description="texts in one request")
     max_request_tokens: int = Field(65536, ge=1, description="tokens to encode in one request, after cutting and splitting")
     max_body_bytes: int = Field(8 * 2**20, ge=1, description="bytes in the body of one request")
+    data_dir: str = Field("~/.local/share/bertd", min_length=1, description="folder that fitted classifiers are kept in")
     request_timeout: float = Field(30.0, gt=0, description="seconds until a request is answered 504")
     api_key: SecretStr | None = Field(None, description="key that clients send as `Authorization: Bearer KEY`")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")

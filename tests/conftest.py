@@ -16,6 +16,12 @@ from model.hub import find_model
 MakeCheckpoint = Callable[..., Path]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Where servers that name no folder keep their classifiers: never in the home of whoever runs the tests."""
+    os.environ["BERTD_DATA_DIR"] = str(tmp_path_factory.mktemp("data"))
+
+
 @pytest.fixture(scope="session")
 def minilm() -> Path:
     """The folder of the real checkpoint."""

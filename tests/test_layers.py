@@ -18,18 +18,18 @@ LEVELS = {
         {"bert"},
         {"compiled", "heads"},
         {"encoder", "linear"},
-        {"cpu", "cuda"},
+        {"cpu", "cuda", "finetune"},
         {"runner"},
     ],
     "app": [
         {"settings", "errors", "metrics", "render", "frames", "negotiation"},
-        {"engine", "compression"},
+        {"engine", "compression", "classifiers", "fitting"},
         {"worker", "scheduler", "inputs"},
         {"service"},
-        {"middleware"},
+        {"classification", "middleware"},
         {"auth", "api.json_route", "api.fields"},
-        {"api.answers"},
-        {"api.tei", "api.openai", "api.chunks", "api.rerank", "api.vllm", "api.ops"},
+        {"api.answers", "examples"},
+        {"api.tei", "api.openai", "api.chunks", "api.rerank", "api.vllm", "api.classify", "api.ops"},
         {"api.dispatch"},
         {"main"},
         {"cli"},
@@ -74,9 +74,9 @@ def test_imports_go_down(module):
     assert not [name for name in imports_of(module) if LEVEL[name] >= LEVEL[module]]
 
 
-def test_nothing_in_app_imports_torch_or_transformers_on_import():
+def test_nothing_in_app_imports_torch_or_transformers_or_scikit_learn_on_import():
     modules = ", ".join(name for name in ORDER if name.startswith("app."))
-    code = f"import sys; import {modules}; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    code = f"import sys; import {modules}; print([m for m in ('torch', 'transformers', 'sklearn', 'scipy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
 

@@ -19,8 +19,9 @@ class JsonRoute(APIRoute):
     """A route whose endpoint is `async def (request: Model, …) -> Response`.
 
     FastAPI documents it from its signature. What else it takes is `Annotated[…, Depends(of)]`, each a plain function of
-    the request, as `ServiceOf`, or `Annotated[Model, Query()]`. The body goes from bytes to the model in one step, whatever
-    its content type, without FastAPI's json.loads (which lets lone surrogates pass) and its solving of dependencies.
+    the request, as `ServiceOf`, `Annotated[Model, Query()]`, or a part of the path. The body goes from bytes to the model in
+    one step, whatever its content type, without FastAPI's json.loads (which lets lone surrogates pass) and its solving of
+    dependencies.
     """
 
     def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:  # type: ignore[override]
@@ -35,7 +36,7 @@ class JsonRoute(APIRoute):
                 others = {name: of(request) for name, of in given.items()}
             except ValidationError as error:
                 raise InvalidInput(describe(error)) from None
-            response: Response = await endpoint(body, **others)
+            response: Response = await endpoint(body, **others, **request.path_params)
             return response
 
         return answer

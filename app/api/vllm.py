@@ -95,14 +95,8 @@ class Scores(BaseModel):
     usage: Usage
 
 
-@router.post("/classify", response_model=Classification)
-async def classify(request: ClassifyRequest, service: ServiceOf) -> Response:
-    """The best label of each text, and the score of every label, in the checkpoint's order."""
-    return await by_head(request, service)
-
-
 async def by_head(request: ClassifyRequest, service: Service) -> Response:
-    """By the head of the checkpoint."""
+    """The best label of each text by the head of the checkpoint, and the score of every label, in its order."""
     scores, stats = await service.predict(as_list(request.input), Scoring())
     labels = service.config.labels
     data = [

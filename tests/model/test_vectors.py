@@ -125,3 +125,9 @@ def test_int8_gives_back_what_it_was_made_of() -> None:
     within = np.abs(rows) < int8_range(384)
     assert np.abs(kept - rows)[within].max() <= step / 2 + 1e-6
     assert within.mean() > 0.9999
+
+
+def test_softmax_gives_probabilities_by_hand_and_does_not_overflow():
+    rows = softmax(np.array([[0, np.log(3)], [1e30, 1e30], [-1e38, 1e38]], dtype=np.float32))
+    np.testing.assert_allclose(rows, [[0.25, 0.75], [0.5, 0.5], [0, 1]], rtol=1e-6)
+    assert rows.dtype == np.float32
