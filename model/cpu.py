@@ -49,10 +49,11 @@ class CpuRunner:
             replace_linears_by(Int8Linear, encoder.bert)  # from the float32 weights
         encoder.bert.to(between)  # what stands on it is small and stays in float32
         self._rounds = False
-        self.lanes = _MOST_LANES if dtype == torch.int8 or compiled_is_best(config, dtype) else 1
+        ours = dtype == torch.int8 or compiled_is_best(config, dtype)
+        self.lanes = _MOST_LANES if ours else 1
         if dtype == torch.int8:
             linear = f"int8 VNNI linear, {str(between).removeprefix('torch.')} between"
-        elif compiled_is_best(config, dtype):
+        elif ours:
             replace_linears_by(CompiledLinear, encoder.bert)
             linear = "AVX-512 linear"
         elif packing_works(dtype):

@@ -4,6 +4,7 @@ import ctypes
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -92,11 +93,13 @@ def make_runner(
 def use_threads(count: int) -> None:
     """How many threads the caller's thread computes on, from now on."""
     torch.get_num_threads()  # a thread's first call of it sets torch's own number
-    openmp = ctypes.CDLL(None)
-    if hasattr(openmp, "omp_set_num_threads"):  # torch.set_num_threads would change it for other threads, too
-        openmp.omp_set_num_threads(count)
-    else:
-        torch.set_num_threads(count)
+    _set_threads()(count)
+
+
+@cache
+def _set_threads() -> Callable[[int], object]:
+    """OpenMP's own function where torch has loaded it: torch.set_num_threads changes the number of other threads, too."""
+    return getattr(ctypes.CDLL(None), "omp_set_num_threads", torch.set_num_threads)
 
 
 def _find_device(name: str) -> torch.device:

@@ -1,6 +1,7 @@
 """Answers of every dialect: what the headers say, bytes in the format that the request asks for, and a word on each text."""
 
 import time
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from typing import Annotated, Any
@@ -24,6 +25,13 @@ class ErrorBody(BaseModel):
     error_type: str
 
 
+class Usage(BaseModel):
+    """Tokens as they were encoded, special ones included."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
 class TextDetail(BaseModel):
     """What was done to a text, with `details`."""
 
@@ -32,18 +40,26 @@ class TextDetail(BaseModel):
     pieces: int
 
 
-ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {"model": ErrorBody, "description": "an input is empty"},
-    401: {"model": ErrorBody, "description": "the key is missing or wrong"},
-    413: {"model": ErrorBody, "description": "the body is too large, or its texts have too many tokens"},
-    422: {"model": ErrorBody, "description": "the request is invalid"},
-    424: {"model": ErrorBody, "description": "the model is of another kind"},
-    429: {"model": ErrorBody, "description": "overloaded; Retry-After says when to come back"},
-    500: {"model": ErrorBody, "description": "the encoder failed"},
-    503: {"model": ErrorBody, "description": "not ready; Retry-After says when to come back"},
-    504: {"model": ErrorBody, "description": "the deadline passed"},
+_REFUSED: Mapping[int | str, str | None] = {
+    400: "an input is empty",
+    401: "the key is missing or wrong",
+    413: "the body is too large, or its texts have too many tokens",
+    422: "the request is invalid",
+    424: "the model is of another kind",
+    429: "overloaded; Retry-After says when to come back",
+    500: "the encoder failed",
+    503: "not ready; Retry-After says when to come back",
+    504: "the deadline passed",
 }
 
+
+def errors(body: type[BaseModel], changed: Mapping[int | str, str | None] | None = None) -> dict[int | str, dict[str, Any]]:
+    """What FastAPI's page says of refusals in that shape; what is `changed` to None does not occur."""
+    described = {**_REFUSED, **(changed or {})}
+    return {status: {"model": body, "description": text} for status, text in described.items() if text is not None}
+
+
+ERRORS = errors(ErrorBody)
 
 BINARY: dict[int | str, dict[str, Any]] = {
     200: {
@@ -127,6 +143,23 @@ def headers_of(stats: Stats) -> Mapping[str, str]:
 
 def _milliseconds(seconds: float) -> str:
     return str(round(seconds * 1000))
+
+
+def usage_of(stats: Stats) -> dict[str, int]:
+    """The fields of a `Usage`."""
+    return {"prompt_tokens": stats.tokens, "total_tokens": stats.tokens}
+
+
+def vllm_list(what: str, data: list[dict[str, Any]], service: Service, stats: Stats) -> dict[str, Any]:
+    """What vLLM puts around the results of each of its routes."""
+    return {
+        "id": f"{what}-{uuid.uuid4().hex}",
+        "object": "list",
+        "created": int(time.time()),
+        "model": service.name,
+        "data": data,
+        "usage": usage_of(stats),
+    }
 
 
 def error_body(error: ServiceError) -> dict[str, str]:

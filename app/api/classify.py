@@ -1,23 +1,22 @@
 """Classification in vLLM's shape, and the classifiers that are fitted over HTTP."""
 
-import time
-import uuid
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Request, Response
-from pydantic import BaseModel, Field, StrictBool, StrictStr
+from pydantic import BaseModel, Discriminator, Field, StrictBool, StrictStr, Tag
 from typing_extensions import TypedDict
 
-from app.api.answers import ErrorBody, json_answer
-from app.api.fields import HABITS
+from app.api.answers import ErrorBody, Usage, errors, json_answer, vllm_list
+from app.api.fields import HABITS, Inputs, as_list
 from app.api.json_route import JsonRoute, ServiceOf
 from app.classification import Classification, Classified, Example
 from app.classifiers import Card
 from app.errors import EmptyInput, InvalidInput
 from app.render import json_bytes
-from app.service import Embedding
+from app.service import Embedding, Scoring, Service
 from model.config import PoolingMode
+from model.vectors import FloatArray
 
 
 def classification_of(request: Request) -> Classification:
@@ -29,29 +28,21 @@ def classification_of(request: Request) -> Classification:
 ClassificationOf = Annotated[Classification, Depends(classification_of)]
 
 
-ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody, "description": description}
-    for status, description in (
-        (400, "an input is empty"),
-        (401, "the key is missing or wrong"),
-        (404, "no classifier has this name"),
-        (409, "the classifier is broken or belongs to other vectors, or the name is taken in another case"),
-        (413, "the body is too large"),
-        (422, "the request is invalid"),
-        (424, "the model is of another kind"),
-        (429, "overloaded; Retry-After says when to come back"),
-        (500, "the encoder or the fit failed"),
-        (503, "not ready; Retry-After says when to come back"),
-        (504, "the deadline passed"),
-        (507, "the folder of classifiers can't be written"),
-    )
-}
+_ERRORS = errors(
+    ErrorBody,
+    {
+        404: "no classifier has this name",
+        409: "the classifier is broken or belongs to other vectors, or the name is taken in another case",
+        500: "the encoder or the fit failed",
+        507: "the folder of classifiers can't be written",
+    },
+)
 
-router = APIRouter(tags=["classify"], responses=ERRORS, route_class=JsonRoute)
-classifiers = APIRouter(tags=["classify"], responses=ERRORS)  # the routes without a body
+router = APIRouter(tags=["classify"], responses=_ERRORS, route_class=JsonRoute)
+classifiers = APIRouter(tags=["classify"], responses=_ERRORS)  # the routes without a body
 
 
-WAYS = "wanted either classifier, the name of one that PUT /classifiers/{name} fitted, or labels, the names to choose from"
+_WAYS = "wanted either classifier, the name of one that PUT /classifiers/{name} fitted, or labels, the names to choose from"
 
 
 class Space(BaseModel):
@@ -71,12 +62,23 @@ class FitRequest(Space):
     class_weight: Literal["balanced"] | None = Field(None, description="balanced: rare labels weigh as much as frequent ones")
 
 
-class ClassifyRequest(Space):
+class ChoiceRequest(Space):
     input: StrictStr | list[StrictStr]
     classifier: StrictStr | None = Field(None, description="the name of a classifier that was fitted on examples")
     labels: list[StrictStr] | None = Field(None, description="names of labels to choose from without examples")
     template: StrictStr | None = Field(None, description="what stands around a label's name, as {}; default: nothing")
     truncate: StrictBool | None = Field(None, description="false refuses a text that is too long; default: cut it")
+
+
+class HeadRequest(BaseModel):
+    input: Inputs
+
+
+ClassifyRequest = Annotated[
+    Annotated[ChoiceRequest, Tag("of a choice")] | Annotated[HeadRequest, Tag("of a head")],
+    Discriminator(lambda body: "of a choice" if isinstance(body, dict) and _CHOICE.intersection(body) else "of a head"),
+]
+_CHOICE = {"classifier", "labels", "template"}
 
 
 class Class(BaseModel):
@@ -86,17 +88,12 @@ class Class(BaseModel):
     num_classes: int
 
 
-class Usage(BaseModel):
-    prompt_tokens: int
-    total_tokens: int
-
-
 class ClassifyBody(BaseModel):
     id: str
     object: Literal["list"]
     created: int
     model: str
-    labels: list[str]
+    labels: list[str] | None = Field(None, description="the order of probs; a checkpoint's own labels are in /info")
     data: list[Class]
     usage: Usage
 
@@ -128,14 +125,25 @@ class DeletedBody(BaseModel):
     deleted: Literal[True]
 
 
+@router.post("/classify", response_model=ClassifyBody)
 async def classify(request: ClassifyRequest, service: ServiceOf, classification: ClassificationOf) -> Response:
-    """The probability of each label for each text, by a fitted classifier or by the labels' names."""
+    """The probability of each label: by a fitted classifier, by the labels' names, or by the head of the checkpoint."""
+    if isinstance(request, HeadRequest):
+        return await _by_head(request, service)
     texts = [request.input] if isinstance(request.input, str) else request.input
     answer = await _classified(request, texts, classification)
-    return json_answer(service, _body(service.name, answer), answer.stats)
+    body = vllm_list("classify", _classes(answer.labels, answer.probabilities), service, answer.stats)
+    return json_answer(service, {**body, "labels": answer.labels}, answer.stats)
 
 
-async def _classified(request: ClassifyRequest, texts: Sequence[str], classification: Classification) -> Classified:
+async def _by_head(request: HeadRequest, service: Service) -> Response:
+    if service.config.kind == "embedder":
+        raise InvalidInput(_WAYS)
+    scores, stats = await service.predict(as_list(request.input), Scoring())
+    return json_answer(service, vllm_list("classify", _classes(service.config.labels, scores), service, stats), stats)
+
+
+async def _classified(request: ChoiceRequest, texts: Sequence[str], classification: Classification) -> Classified:
     """By whichever of the ways the request names."""
     options = Embedding(on_overflow=HABITS.get(request.truncate), pooling=request.pooling, prompt_name=request.prompt_name)
     if request.classifier is not None and request.labels is None and request.template is None:
@@ -143,7 +151,7 @@ async def _classified(request: ClassifyRequest, texts: Sequence[str], classifica
     if request.classifier is None and request.labels is not None:
         template = "{}" if request.template is None else request.template
         return await classification.classify_by_names(texts, request.labels, template, options)
-    raise InvalidInput(WAYS)
+    raise InvalidInput(_WAYS)
 
 
 @router.put("/classifiers/{name}", response_model=FittedBody)
@@ -182,21 +190,12 @@ def _described(name: str, card: Card | None, problem: str | None) -> dict[str, A
     return {"name": name, "usable": problem is None, "problem": problem, **known}
 
 
-def _body(model: str, answer: Classified) -> dict[str, Any]:
-    """The answer in vLLM's shape, and the labels in the order of `probs`."""
-    labels, rows = answer.labels, answer.probabilities
-    return {
-        "id": f"classify-{uuid.uuid4().hex}",
-        "object": "list",
-        "created": int(time.time()),
-        "model": model,
-        "labels": labels,
-        "data": [
-            {"index": index, "label": labels[best], "probs": row, "num_classes": len(labels)}
-            for index, (row, best) in enumerate(zip(rows, rows.argmax(axis=1), strict=True))
-        ],
-        "usage": {"prompt_tokens": answer.stats.tokens, "total_tokens": answer.stats.tokens},
-    }
+def _classes(labels: Sequence[str], rows: FloatArray) -> list[dict[str, Any]]:
+    """The most probable label of each row [N, labels], and the row."""
+    return [
+        {"index": index, "label": labels[best], "probs": row, "num_classes": len(labels)}
+        for index, (row, best) in enumerate(zip(rows, rows.argmax(axis=1), strict=True))
+    ]
 
 
 def _json(value: Any, headers: Mapping[str, str] | None = None) -> Response:

@@ -5,9 +5,8 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Response
 from pydantic import BaseModel, Discriminator, Tag, ValidationError
 
-from app.api import classify, rerank, tei, vllm
+from app.api import rerank, tei
 from app.api.answers import ERRORS, Accepted
-from app.api.classify import ClassificationOf
 from app.api.fields import PerTextQuery
 from app.api.json_route import JsonRoute, ServiceOf, describe
 from app.errors import InvalidInput
@@ -19,11 +18,6 @@ RerankRequest = Annotated[
     Annotated[tei.RerankRequest, Tag("of TEI")] | Annotated[rerank.DocumentsRequest, Tag("of Cohere")],
     Discriminator(lambda body: "of Cohere" if isinstance(body, dict) and "documents" in body else "of TEI"),
 ]
-ClassifyRequest = Annotated[
-    Annotated[classify.ClassifyRequest, Tag("by names")] | Annotated[vllm.ClassifyRequest, Tag("by head")],
-    Discriminator(lambda body: "by names" if isinstance(body, dict) and _NAMING.intersection(body) else "by head"),
-]
-_NAMING = {"classifier", "labels", "template"}
 Body = dict[str, Any]
 Answer = (
     list[list[float]]
@@ -42,16 +36,6 @@ async def reranked(request: RerankRequest, service: ServiceOf) -> Response:
     if isinstance(request, rerank.DocumentsRequest):
         return await rerank.rerank(request, service, "1")
     return await tei.rerank(request, service)
-
-
-@router.post("/classify", response_model=classify.ClassifyBody | vllm.Classification, responses=classify.ERRORS)
-async def classified(request: ClassifyRequest, service: ServiceOf, classification: ClassificationOf) -> Response:
-    """The probability of each label: by a fitted classifier, by the labels' names, or by the head of the checkpoint."""
-    if isinstance(request, classify.ClassifyRequest):
-        return await classify.classify(request, service, classification)
-    if service.config.kind == "embedder":
-        raise InvalidInput(classify.WAYS)
-    return await vllm.by_head(request, service)
 
 
 @router.post("/", response_model=Answer)

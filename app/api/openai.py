@@ -6,13 +6,13 @@ from typing import Any, Literal
 from fastapi import APIRouter, Response
 from pydantic import BaseModel, Field, StrictInt, StrictStr
 
-from app.api.answers import BINARY, Accepted, answer, array_answer, headers_of, number_list
+from app.api.answers import BINARY, Accepted, Usage, answer, array_answer, errors, headers_of, number_list, usage_of
 from app.api.fields import Inputs, Output, as_list
 from app.api.json_route import JsonRoute, ServiceOf
 from app.errors import InvalidInput, NotFound
 from app.inputs import Input
 from app.render import json_bytes, json_list
-from app.service import Embedding, Service
+from app.service import Embedding, Service, Stats
 from model.vectors import Array
 
 _CODES: Mapping[int, str] = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
@@ -36,16 +36,10 @@ class ErrorEnvelope(BaseModel):
     error: Problem
 
 
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {"model": ErrorEnvelope, "description": "the request is invalid, or the model of another kind"},
-    401: {"model": ErrorEnvelope, "description": "the key is missing or wrong"},
-    413: {"model": ErrorEnvelope, "description": "the body is too large"},
-    429: {"model": ErrorEnvelope, "description": "overloaded; Retry-After says when to come back"},
-    500: {"model": ErrorEnvelope, "description": "the encoder failed"},
-    503: {"model": ErrorEnvelope, "description": "not ready; Retry-After says when to come back"},
-    504: {"model": ErrorEnvelope, "description": "the deadline passed"},
-    "default": {"model": ErrorEnvelope, "description": "any other refusal"},
-}
+_ERRORS = errors(
+    ErrorEnvelope,
+    {400: "the request is invalid, or the model of another kind", 422: None, 424: None, "default": "any other refusal"},
+)
 
 
 class EmbeddingRequest(Output):
@@ -60,11 +54,6 @@ class EmbeddingItem(BaseModel):
     object: Literal["embedding"]
     index: int
     embedding: list[float] | str
-
-
-class Usage(BaseModel):
-    prompt_tokens: int
-    total_tokens: int
 
 
 class EmbeddingList(BaseModel):
@@ -104,7 +93,7 @@ async def embeddings(request: EmbeddingRequest, service: ServiceOf, accepted: Ac
     vectors, stats = await service.embed(inputs, options)
     if accepted != "application/json":
         return array_answer(service, list(vectors), stats, accepted)
-    return answer(service, _embedding_list(vectors, request.encoding_format, service.name, stats.tokens), headers_of(stats))
+    return answer(service, _embedding_list(vectors, request.encoding_format, service.name, stats), headers_of(stats))
 
 
 @model_router.get("/models", include_in_schema=False)
@@ -145,8 +134,8 @@ def _prompt_for(input_type: str | None, prompts: Mapping[str, str]) -> str | Non
     return next((name for names in kinds for name in names if name in prompts), None)
 
 
-def _embedding_list(vectors: Array, encoding_format: str | None, name: str, tokens: int) -> Iterator[bytes]:
-    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+def _embedding_list(vectors: Array, encoding_format: str | None, name: str, stats: Stats) -> Iterator[bytes]:
+    usage = usage_of(stats)
     yield json_bytes({"object": "list", "model": name, "usage": usage})[:-1] + b',"data":'
     yield from json_list(
         {"object": "embedding", "index": index, "embedding": number_list(vector, encoding_format)}

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Response
 from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr
 
-from app.api.answers import json_answer
+from app.api.answers import Usage, errors, json_answer, usage_of
 from app.api.json_route import JsonRoute, ServiceOf
 from app.service import Scoring, Service
 
@@ -24,17 +24,7 @@ def refusal(status: int, word: str, message: str) -> tuple[int, Mapping[str, Any
     return status, {"message": message, "error_type": word}
 
 
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {"model": ErrorBody, "description": "the query or a document is empty"},
-    401: {"model": ErrorBody, "description": "the key is missing or wrong"},
-    413: {"model": ErrorBody, "description": "the body is too large"},
-    422: {"model": ErrorBody, "description": "the request is invalid"},
-    424: {"model": ErrorBody, "description": "the model is no reranker"},
-    429: {"model": ErrorBody, "description": "overloaded; Retry-After says when to come back"},
-    500: {"model": ErrorBody, "description": "the encoder failed"},
-    503: {"model": ErrorBody, "description": "not ready; Retry-After says when to come back"},
-    504: {"model": ErrorBody, "description": "the deadline passed"},
-}
+_ERRORS = errors(ErrorBody, {400: "the query or a document is empty", 424: "the model is no reranker"})
 
 router = APIRouter(tags=["rerank"], responses=_ERRORS, route_class=JsonRoute)
 
@@ -58,11 +48,6 @@ class Result(BaseModel):
     index: int
     relevance_score: float
     document: Document | None = None
-
-
-class Usage(BaseModel):
-    total_tokens: int
-    prompt_tokens: int
 
 
 class Results(BaseModel):
@@ -93,7 +78,7 @@ async def rerank(request: DocumentsRequest, service: Service, version: str) -> R
         "id": str(uuid.uuid4()),
         "results": [_result(place, scores[place], texts if request.return_documents else None) for place in best],
         "meta": {"api_version": {"version": version}, "billed_units": {"search_units": 1}},
-        "usage": {"total_tokens": stats.tokens, "prompt_tokens": stats.tokens},
+        "usage": usage_of(stats),
         "model": service.name,
     }
     return json_answer(service, answer, stats)

@@ -1,7 +1,5 @@
-"""The dialect of vLLM's classify and score APIs."""
+"""The dialect of vLLM's score API."""
 
-import time
-import uuid
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any, Literal
@@ -9,10 +7,9 @@ from typing import Any, Literal
 from fastapi import APIRouter, Response
 from pydantic import BaseModel, StrictStr
 
-from app.api.answers import json_answer
-from app.api.fields import Inputs, as_list
+from app.api.answers import Usage, errors, json_answer, vllm_list
 from app.api.json_route import JsonRoute, ServiceOf
-from app.service import Scoring, Service, Stats
+from app.service import Scoring
 
 
 class Problem(BaseModel):
@@ -35,44 +32,11 @@ def refusal(status: int, word: str, message: str) -> tuple[int, Mapping[str, Any
     return status, {"error": {"message": message, "type": kind, "param": None, "code": status}}
 
 
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {"model": ErrorBody, "description": "the request is invalid"},
-    401: {"model": ErrorBody, "description": "the key is missing or wrong"},
-    413: {"model": ErrorBody, "description": "the body is too large"},
-    424: {"model": ErrorBody, "description": "the model is of another kind"},
-    429: {"model": ErrorBody, "description": "overloaded; Retry-After says when to come back"},
-    500: {"model": ErrorBody, "description": "the encoder failed"},
-    503: {"model": ErrorBody, "description": "not ready; Retry-After says when to come back"},
-    504: {"model": ErrorBody, "description": "the deadline passed"},
-    "default": {"model": ErrorBody, "description": "any other refusal"},
-}
-
-router = APIRouter(tags=["classify"], responses=_ERRORS, route_class=JsonRoute)
-
-
-class ClassifyRequest(BaseModel):
-    input: Inputs
-
-
-class Classified(BaseModel):
-    index: int
-    label: str
-    probs: list[float]
-    num_classes: int
-
-
-class Usage(BaseModel):
-    prompt_tokens: int
-    total_tokens: int
-
-
-class Classification(BaseModel):
-    id: str
-    object: Literal["list"]
-    created: int
-    model: str
-    data: list[Classified]
-    usage: Usage
+router = APIRouter(
+    tags=["score"],
+    responses=errors(ErrorBody, {400: "the request is invalid", 422: None, "default": "any other refusal"}),
+    route_class=JsonRoute,
+)
 
 
 class ScoreRequest(BaseModel):
@@ -95,17 +59,6 @@ class Scores(BaseModel):
     usage: Usage
 
 
-async def by_head(request: ClassifyRequest, service: Service) -> Response:
-    """The best label of each text by the head of the checkpoint, and the score of every label, in its order."""
-    scores, stats = await service.predict(as_list(request.input), Scoring())
-    labels = service.config.labels
-    data = [
-        {"index": place, "label": labels[row.argmax()], "probs": row, "num_classes": len(labels)}
-        for place, row in enumerate(scores)
-    ]
-    return _list("classify", data, service, stats)
-
-
 @router.post("/score", response_model=Scores)
 @router.post("/v1/score", response_model=Scores)
 async def score(request: ScoreRequest, service: ServiceOf) -> Response:
@@ -113,16 +66,4 @@ async def score(request: ScoreRequest, service: ServiceOf) -> Response:
     a, b = ([texts] if isinstance(texts, str) else texts for texts in (request.text_1, request.text_2))
     scores, stats = await service.score(a, b, Scoring())
     data = [{"index": place, "object": "score", "score": score} for place, score in enumerate(scores)]
-    return _list("score", data, service, stats)
-
-
-def _list(what: str, data: list[dict[str, Any]], service: Service, stats: Stats) -> Response:
-    answer = {
-        "id": f"{what}-{uuid.uuid4().hex}",
-        "object": "list",
-        "created": int(time.time()),
-        "model": service.name,
-        "data": data,
-        "usage": {"prompt_tokens": stats.tokens, "total_tokens": stats.tokens},
-    }
-    return json_answer(service, answer, stats)
+    return json_answer(service, vllm_list("score", data, service, stats), stats)

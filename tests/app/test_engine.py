@@ -177,3 +177,15 @@ async def test_every_device_gets_an_engine_unless_one_is_named(monkeypatch):
             assert all(engine.state is State.READY for engine in engines)
         finally:
             await asyncio.gather(*(engine.stop() for engine in engines))
+
+
+async def test_batches_on_several_lanes_at_once_give_what_each_gives_alone(minilm):
+    engine = Engine(EngineOptions(str(minilm), device="cpu", threads=3))
+    await engine.start()
+    batches = [rows(*([1000 + length] * length for length in range(start, start + 20))) for start in (1, 30, 60)]
+    alone = [await engine.run("mean", batch, alone=True) for batch in batches]
+    for _ in range(5):
+        together = await asyncio.gather(*(engine.run("mean", batch) for batch in batches[: engine.room]))
+        for vectors, wanted in zip(together, alone, strict=False):
+            np.testing.assert_allclose(vectors, wanted, rtol=0, atol=1e-6)
+    await engine.stop()

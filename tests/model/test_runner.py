@@ -1,6 +1,7 @@
 """What is decided for the machine, and what is refused."""
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from reference import random_rows
 from model.cpu import CpuRunner
 from model.encoder import Encoder
 from model.errors import UnsupportedModel
-from model.runner import _cgroup_cores, available_cores, make_runner
+from model.runner import _cgroup_cores, available_cores, make_runner, use_threads
 
 
 @pytest.fixture
@@ -59,3 +60,10 @@ def test_a_containers_quota(tmp_path: Path, files: dict[str, str], wanted: float
 
 def test_there_is_always_a_core() -> None:
     assert available_cores() >= 1
+
+
+def test_a_thread_sets_its_own_number_of_threads() -> None:
+    before = torch.get_num_threads()
+    with ThreadPoolExecutor(1, initializer=use_threads, initargs=(before + 1,)) as other:
+        assert other.submit(torch.get_num_threads).result() == before + 1
+    assert torch.get_num_threads() == before
