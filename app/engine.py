@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from model.vectors import FloatArray
 log = logging.getLogger("bertd.engine")
 
 _RESTART_DELAYS = (0.0, 0.5, 1.0, 2.0, 4.0)  # seconds before each try; after the last the engine has failed
+_START_SECONDS = 600.0  # for a large checkpoint on a slow disk; longer is a hang
 _GRACE_SECONDS = 0.5
 # What torch's libraries read when they are loaded; the user's own values win. See docs/performance.md.
 _ENVIRONMENT = {
@@ -75,12 +77,14 @@ class BatchFailed(Exception):
 class Engine:
     """One child process that holds a Runner. Lives in the event loop; nothing here blocks it."""
 
-    def __init__(self, options: EngineOptions, command: Sequence[str] = _WORKER) -> None:
+    def __init__(self, options: EngineOptions, timeout: float, command: Sequence[str] = _WORKER) -> None:
+        """`timeout`: seconds without a word from the process, while a batch is out, after which it is taken for dead."""
         self.state = State.STOPPED
         self.facts: dict[str, Any] = {}
         self.restarts = 0
         self.on_change: Callable[[], None] = lambda: None  # called whenever `room` or `state` may have changed
         self._options = options
+        self._timeout = timeout
         self._command = command
         self._process: subprocess.Popen[bytes] | None = None
         self._transport: asyncio.Transport | None = None
@@ -89,6 +93,9 @@ class Engine:
         self._ending: set[int] = set()  # those of them that have come to their last layer
         self._numbers = itertools.count()
         self._restarting: asyncio.Task[None] | None = None
+        self._vain_starts = 0  # in a row: processes that did not start, or died without a batch to blame
+        self._heard: dict[int, float] = {}  # when each batch that is running last gave a sign of life
+        self._watch: asyncio.TimerHandle | None = None
 
     @property
     def lanes(self) -> int:
@@ -126,6 +133,7 @@ class Engine:
         assert self._transport is not None
         number = next(self._numbers)
         answer = self._waiting[number] = asyncio.get_running_loop().create_future()
+        self._watch_running()
         lengths = np.array([len(row) for row in rows], dtype=np.int32)
         ids = np.concatenate([row.ids for row in rows])
         types = np.concatenate([row.types for row in rows])
@@ -137,6 +145,8 @@ class Engine:
         self.state = State.STOPPED
         if self._restarting is not None:
             self._restarting.cancel()
+        if self._watch is not None:
+            self._watch.cancel()
         if self._transport is not None:
             self._transport.close()
         await self._reap()
@@ -157,14 +167,47 @@ class Engine:
         )
         self._transport = transport
         transport.writelines(dump(asdict(self._options)))
-        hello = await self._hello
+        hello = await self._first_word(transport)
         reason = hello.head.get("failed") if hello else None
         if hello is None or reason or self._transport is not transport:  # the last: it died as it said hello
             code = await self._reap()
             raise EngineError(reason or f"the engine process ended with exit code {code} while it started")
+        if self.facts and self.facts.get("files") != hello.head.get("files"):
+            transport.close()
+            raise EngineError("the files of the checkpoint are not those that this server started with; reload or restart it")
         self.facts = hello.head
         self.state = State.READY
         self.on_change()
+
+    async def _first_word(self, transport: asyncio.Transport) -> Frame | None:
+        """What the process says when it is ready, or can't be; None when it is gone, or has taken too long and has to go."""
+        assert self._hello is not None
+        try:
+            return await asyncio.wait_for(self._hello, _START_SECONDS)
+        except TimeoutError:
+            transport.close()
+            return None
+
+    def _watch_running(self) -> None:
+        """Note which batches are running by now: the lanes take them in order."""
+        loop = asyncio.get_running_loop()
+        for number in islice(self._waiting, self.lanes):
+            self._heard.setdefault(number, loop.time())
+        if self._watch is None and self._heard:
+            self._watch = loop.call_later(self._timeout, self._on_watch)
+
+    def _on_watch(self) -> None:
+        """End the process when a running batch has been silent for too long; else look again when that may be so."""
+        self._watch = None
+        if self._process is None or not self._heard:
+            return
+        loop = asyncio.get_running_loop()
+        due = min(self._heard.values()) + self._timeout
+        if loop.time() < due:
+            self._watch = loop.call_at(due, self._on_watch)
+            return
+        log.error("a batch has given no sign of life for %g s; killing engine process %d", self._timeout, self._process.pid)
+        self._process.kill()
 
     def _on_frame(self, frame: Frame) -> None:
         if self._hello is not None and not self._hello.done():
@@ -172,11 +215,16 @@ class Engine:
             return
         number = frame.head["number"]
         if "ending" in frame.head:
-            self._ending.add(number)
-            self.on_change()
+            self._heard[number] = asyncio.get_running_loop().time()
+            if frame.head["ending"]:
+                self._ending.add(number)
+                self.on_change()
             return
         self._ending.discard(number)
+        self._heard.pop(number, None)
+        self._vain_starts = 0
         answer = self._waiting.pop(number, None)
+        self._watch_running()
         if answer is not None and not answer.done():
             if "error" in frame.head:
                 answer.set_exception(BatchFailed(frame.head["error"]))
@@ -191,6 +239,7 @@ class Engine:
         if self._hello is not None and not self._hello.done():
             self._hello.set_result(None)
         self._ending.clear()
+        self._heard.clear()
         waiting, self._waiting = self._waiting, {}
         for place, answer in enumerate(waiting.values()):  # the lanes take them in order
             if not answer.done():
@@ -198,17 +247,19 @@ class Engine:
         if self.state is State.READY:
             log.error("engine process died; starting another")
             self.state = State.STARTING
+            self._vain_starts += not waiting
             self._restarting = asyncio.get_running_loop().create_task(self._restart())
             self.on_change()
 
     async def _restart(self) -> None:
-        for delay in _RESTART_DELAYS:
+        while self._vain_starts < len(_RESTART_DELAYS):
             await self._reap()
-            await asyncio.sleep(delay)
+            await asyncio.sleep(_RESTART_DELAYS[self._vain_starts])
             try:
                 await self._launch()
             except EngineError as error:
                 log.error("engine process did not start: %s", error)
+                self._vain_starts += 1
             else:
                 self.restarts += 1
                 self.on_change()

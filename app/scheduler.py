@@ -3,9 +3,13 @@
 All state lives in the event loop: no locks, no timers, no polling. A batch forms when an engine can take one, out of
 whatever waits then; rows of different jobs take turns. Each row ends exactly once: as a result, an error, or
 dropped because nobody waits for it any more.
+
+A job is short while its rows fit into one batch, and long before that. Batches of short and of long jobs alternate, so
+that a single text travels with other short ones and neither waits for, nor is answered with, a batch full of a list.
 """
 
 import asyncio
+import hashlib
 import logging
 import math
 import time
@@ -25,6 +29,9 @@ _DEATHS = 2  # a row that was aboard this many deaths is never tried again
 _QUEUE_SECONDS = 2.0  # of work that may wait where no number of tokens is set
 _RATE_WEIGHT = 0.1  # of the newest batch in the running means behind the rate
 _LEAST_SHARE = 64  # tokens that are not shared out among lanes: all threads together are as fast with them
+_WARY_BATCHES = 8  # of long jobs after one of short jobs: they are smaller, as the next short job is soon to come
+_WARY_SHARE = 4  # the part of a batch that those have
+_DOOR_SHARE = 16  # the part of the queue that must be free for a request to be read at all
 
 Outcome = FloatArray | ServiceError
 
@@ -48,6 +55,7 @@ class Job:
     submitted: float
     outcomes: list[Outcome | None]
     waiting: deque[Row] = field(default_factory=deque)
+    tokens: int = 0  # of the rows that wait
     open_rows: int = 0
     started: float = 0.0
 
@@ -73,13 +81,18 @@ class Scheduler:
         self._metrics = metrics
         self._max_batch_tokens = max_batch_tokens
         self._max_queue_tokens = max_queue_tokens
-        self._turns: deque[Job] = deque()  # jobs that have rows waiting
+        self._short: deque[Job] = deque()  # jobs that have rows waiting, in the order of their turns
+        self._long: deque[Job] = deque()
+        self._long_is_next = False
+        self._wary = 0  # batches of long jobs that are still to be small
         self._retries: deque[list[Row]] = deque()  # batches that go again as they are, before anything else
         self._jobs: set[Job] = set()
         self._since: dict[Engine, float] = {}  # when each engine began to work, or ended its last batch
         self._restarts = 0
+        self._ready_engines = 0
         self._rows = 0
         self._tokens = 0
+        self._ahead = 0  # tokens that come before those of a new short job, at most: a batch of each job, or what it has
         self._rate = sum(float(engine.facts.get("tokens_per_second", 0)) for engine in engines) or 1.0
         self._mean_tokens = float(max_batch_tokens)  # of a batch, and seconds of an engine between two
         self._mean_seconds = max_batch_tokens * len(engines) / self._rate
@@ -101,8 +114,8 @@ class Scheduler:
         job = Job(task, loop.create_future(), time.perf_counter(), [None] * len(rows), open_rows=len(rows))
         job.waiting.extend(Row(row, job, place) for place, row in enumerate(rows))
         self._jobs.add(job)
-        self._turns.append(job)
-        self._count(len(rows), tokens)
+        self._count(job, len(rows), tokens)
+        self._turns_of(job).append(job)
         self._pump_soon()
         try:
             await job.done
@@ -132,34 +145,68 @@ class Scheduler:
             await asyncio.wait([job.done for job in self._jobs])
             await asyncio.sleep(0)
 
+    def check_room(self) -> None:
+        """Raises what `submit` would for almost any text, while the queue is almost full: before a request costs anything."""
+        if self._rows and self._ahead + self.max_queue_tokens // _DOOR_SHARE > self.max_queue_tokens:
+            raise self._refusal(self._ahead, "")
+
     def _admit(self, tokens: int) -> None:
         if self._draining:
             raise NotReady("the server is stopping; send the request to another one", retry_after=1)
         if self.failed:
             raise NotReady("the engine does not start; see the server's log", retry_after=30)
-        if self._tokens and self._tokens + tokens > self.max_queue_tokens:
-            wait = math.ceil(self._tokens / self._rate)
-            raise Overloaded(
-                f"{self._tokens} tokens wait and {tokens} more would pass the limit of {self.max_queue_tokens}; "
-                f"try again in {wait} s",
-                retry_after=wait,
-            )
+        if not self._has_room(tokens):
+            ahead = self._ahead if self._is_short(tokens) else self._tokens
+            raise self._refusal(ahead, f" and {tokens} more would pass the limit of {self.max_queue_tokens}")
 
-    def _count(self, rows: int, tokens: int) -> None:
+    def _has_room(self, tokens: int) -> bool:
+        """Whether a job of so many tokens would begin within the time that the queue stands for. A job waits for as much of
+        each other as it has itself, and whatever comes alone is taken."""
+        limit = self.max_queue_tokens
+        if not self._rows:
+            return True
+        if self._is_short(tokens):
+            return self._ahead + tokens <= limit
+        alone = not self._long and self._ahead + self._max_batch_tokens <= limit
+        return alone or self._tokens + tokens <= limit
+
+    def _refusal(self, ahead: int, more: str) -> ServiceError:
+        """Why there is no room behind so many tokens."""
+        wait = math.ceil(ahead / self._rate)
+        if any(engine.state is State.READY for engine in self._engines):
+            return Overloaded(f"{ahead} tokens wait{more}; try again in {wait} s", retry_after=wait)
+        return NotReady(f"the engine starts again, and {ahead} tokens wait for it{more}; try again in {wait + 1} s", wait + 1)
+
+    def _is_short(self, tokens: int) -> bool:
+        return tokens <= self._max_batch_tokens
+
+    def _turns_of(self, job: Job) -> deque[Job]:
+        """Where a job waits for its turn."""
+        return self._short if self._is_short(job.tokens) else self._long
+
+    def _count(self, job: Job, rows: int, tokens: int) -> None:
+        """So many rows and tokens of a job begin to wait, or cease to where negative."""
+        before = min(job.tokens, self._max_batch_tokens)
+        job.tokens += tokens
+        self._ahead += min(job.tokens, self._max_batch_tokens) - before
         self._rows += rows
         self._tokens += tokens
-        self._metrics.queue_rows.set(self._rows)
-        self._metrics.queue_tokens.set(self._tokens)
+        self._metrics.queue_rows.inc(rows)
+        self._metrics.queue_tokens.inc(tokens)
 
     def _forget(self, job: Job) -> None:
         """The job has ended, one way or another: none of its rows may be left in the queue."""
         self._jobs.discard(job)
         job.done.cancel()
-        self._count(-len(job.waiting), -sum(len(row.tokens) for row in job.waiting))
-        job.waiting.clear()
+        if job.waiting:
+            self._turns_of(job).remove(job)
+            self._count(job, -len(job.waiting), -job.tokens)
+            job.waiting.clear()
 
     def _on_engine_change(self) -> None:
-        self._metrics.engine_ready.set(sum(engine.state is State.READY for engine in self._engines))
+        ready = sum(engine.state is State.READY for engine in self._engines)
+        self._metrics.engine_ready.inc(ready - self._ready_engines)  # another scheduler may count there, too
+        self._ready_engines = ready
         restarts = sum(engine.restarts for engine in self._engines)
         self._metrics.engine_restarts.inc(restarts - self._restarts)
         self._restarts = restarts
@@ -184,31 +231,39 @@ class Scheduler:
         while self._retries:
             if batch := [row for row in self._retries.popleft() if row.job.wanted]:
                 return batch
-        share = max(-(-self._tokens // room), _LEAST_SHARE)
-        return self._take_turns(min(share, self._max_batch_tokens))
+        if not self._rows:
+            return []
+        share = min(max(-(-self._tokens // room), _LEAST_SHARE), self._max_batch_tokens)
+        if self._short and not (self._long and self._long_is_next):
+            self._wary = _WARY_BATCHES
+            self._long_is_next = True
+            return self._take_turns(self._short, share)
+        self._long_is_next = False
+        if self._wary:
+            self._wary -= 1
+            share = min(share, max(self._max_batch_tokens // _WARY_SHARE, _LEAST_SHARE))
+        return self._take_turns(self._long, share)
 
-    def _take_turns(self, limit: int) -> list[Row]:
+    def _take_turns(self, turns: deque[Job], limit: int) -> list[Row]:
         """A row from each job in turn, of one task, up to so many tokens; jobs of other tasks lead the next batch."""
         batch: list[Row] = []
         tokens = 0
         others: list[Job] = []
-        while self._turns:
-            job = self._turns.popleft()
-            if not job.waiting:
-                continue
+        while turns:
+            job = turns.popleft()
             if batch and job.task != batch[0].job.task:
                 others.append(job)
                 continue
             row = job.waiting[0]
             if batch and tokens + len(row.tokens) > limit:
-                self._turns.appendleft(job)
+                turns.appendleft(job)
                 break
             batch.append(job.waiting.popleft())
             tokens += len(row.tokens)
+            self._count(job, -1, -len(row.tokens))
             if job.waiting:
-                self._turns.append(job)
-        self._turns.extendleft(reversed(others))
-        self._count(-len(batch), -tokens)
+                self._turns_of(job).append(job)
+        turns.extendleft(reversed(others))
         return batch
 
     def _send(self, engine: Engine, batch: list[Row]) -> None:
@@ -261,6 +316,8 @@ class Scheduler:
         for row in batch:
             row.deaths += running
         lost = [row for row in batch if row.deaths >= _DEATHS]
+        for row in lost:
+            log.error("a text was aboard %d deaths of the engine; its tokens have SHA-256 %s", row.deaths, _digest(row.tokens))
         self._settle_rows(lost, EngineError("the engine died twice over this request; it will not be tried again"))
         self._retries.appendleft([row for row in batch if row.deaths < _DEATHS])
 
@@ -290,3 +347,8 @@ class Scheduler:
             job.outcomes = [error if outcome is None else outcome for outcome in job.outcomes]
             job.started = job.started or job.submitted
             job.done.set_result(None)
+
+
+def _digest(tokens: Tokens) -> str:
+    """What a text is named by in the log, where its words have no place."""
+    return hashlib.sha256(tokens.ids.tobytes()).hexdigest()

@@ -506,8 +506,8 @@ async def running_service(settings: Settings, metrics: Metrics) -> AsyncIterator
     options = EngineOptions(
         str(folder), settings.device, settings.dtype, settings.threads, settings.max_batch_tokens, settings.pooling
     )
-    engines = [Engine(options)]
-    starting = asyncio.ensure_future(_start_all(engines, options))
+    engines = [Engine(options, settings.engine_timeout)]
+    starting = asyncio.ensure_future(_start_all(engines, options, settings.engine_timeout))
     try:
         sha256, tokenizer = await asyncio.gather(
             asyncio.to_thread(digest, files), asyncio.to_thread(Tokenizer.from_folder, folder, config)
@@ -524,9 +524,9 @@ async def running_service(settings: Settings, metrics: Metrics) -> AsyncIterator
         await asyncio.gather(*(engine.stop() for engine in engines))
 
 
-async def _start_all(engines: list[Engine], options: EngineOptions) -> None:
+async def _start_all(engines: list[Engine], options: EngineOptions, timeout: float) -> None:
     """Start the first engine and, where it finds more devices of its kind and none was named, one for each of the others."""
     await engines[0].start()
     if options.device in ("auto", "cuda"):
-        engines += [Engine(replace(options, device=f"cuda:{n}")) for n in range(1, engines[0].facts["devices"])]
+        engines += [Engine(replace(options, device=f"cuda:{n}"), timeout) for n in range(1, engines[0].facts["devices"])]
         await asyncio.gather(*(engine.start() for engine in engines[1:]))

@@ -55,6 +55,9 @@ class Settings(BaseModel):
     max_body_bytes: int = Field(8 * 2**20, ge=1, description="bytes in the body of one request")
     data_dir: str = Field("~/.local/share/bertd", min_length=1, description="folder that fitted classifiers are kept in")
     request_timeout: float = Field(30.0, gt=0, description="seconds until a request is answered 504")
+    engine_timeout: float = Field(
+        20.0, ge=1, description="seconds without a sign of life, while it works, after which the engine is ended and started anew"
+    )
     api_key: SecretStr | None = Field(None, description="key that clients send as `Authorization: Bearer KEY`")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
 

@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,13 @@ import numpy as np
 from app import frames
 from app.engine import HIDDEN, SPARSE
 from app.frames import Frame
+from model.config import transformer_folder, weight_files
 from model.errors import ModelError
+from model.hub import stamps
 from model.tokens import Tokens
 from model.vectors import FloatArray, nonzero
+
+_BEAT_SECONDS = 0.25  # between two signs of life of a batch
 
 
 def main() -> None:
@@ -33,12 +38,12 @@ def main() -> None:
         return
     try:
         runner, facts = _load(order.head)
-    except (ModelError, MemoryError) as error:
+    except (ModelError, MemoryError, OSError) as error:
         frames.send(sock, {"failed": str(error) or "out of memory while the checkpoint was loaded"})
         return
     frames.send(sock, facts)
     lanes = _Lanes(sock, runner, facts["threads"], facts["lanes"])
-    runner.on_last_layer(lanes.on_last_layer)
+    runner.on_layer(lanes.on_layer)
     for _ in range(1, facts["lanes"]):
         threading.Thread(target=lanes.run).start()
     lanes.run()
@@ -62,12 +67,16 @@ class _Lanes:
 
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # nobody waits for answers
             while (batch := self._next()) is not None:
-                self._current.number = batch.head["number"]
+                self._current.number, self._current.told = batch.head["number"], time.monotonic()
                 use_threads(self._threads if batch.head["alone"] else self._share)
                 self._answer(batch)
 
-    def on_last_layer(self) -> None:
-        self._send({"number": self._current.number, "ending": True})
+    def on_layer(self, last: bool) -> None:
+        """Tell the keeper that the lane's batch comes to its end, or now and then that it is alive."""
+        now = time.monotonic()
+        if last or now - self._current.told > _BEAT_SECONDS:
+            self._current.told = now
+            self._send({"number": self._current.number, "ending": last})
 
     def _next(self) -> Frame | None:
         with self._reading:
@@ -90,9 +99,12 @@ class _Lanes:
 def _load(order: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     from model.runner import make_runner  # torch comes with it
 
-    runner, choice = make_runner(Path(order.pop("folder")), **order)
+    folder = Path(order.pop("folder"))
+    transformer = transformer_folder(folder)
+    files = stamps([transformer / "config.json", *weight_files(transformer)])
+    runner, choice = make_runner(folder, **order)
     rate = runner.warm_up(choice.max_batch_tokens)
-    return runner, {**choice.as_dict(), "poolings": runner.encoder.poolings, "tokens_per_second": rate}
+    return runner, {**choice.as_dict(), "poolings": runner.encoder.poolings, "tokens_per_second": rate, "files": files}
 
 
 def _run(runner: Any, task: str, rows: list[Tokens]) -> list[FloatArray]:

@@ -86,8 +86,11 @@ class CpuRunner:
             answer[place] = matrix[end - len(rows[place]) : end]
         return answer
 
-    def on_last_layer(self, callback: Callable[[], None]) -> None:
-        self.encoder.bert.layers[-1].attention.qkv.register_forward_pre_hook(lambda *_: callback())
+    def on_layer(self, callback: Callable[[bool], None]) -> None:
+        *others, last = self.encoder.bert.layers
+        for layer in others:
+            layer.attention.qkv.register_forward_pre_hook(lambda *_: callback(False))
+        last.attention.qkv.register_forward_pre_hook(lambda *_: callback(True))
 
     def warm_up(self, tokens: int) -> float:
         length = min(128, self.encoder.config.max_tokens)

@@ -157,8 +157,8 @@ class CudaRunner:
             matrix = hidden.cpu().numpy()
         return np.split(matrix, np.cumsum([len(row) for row in rows])[:-1])
 
-    def on_last_layer(self, callback: Callable[[], None]) -> None:
-        self._on_last_layer = callback
+    def on_layer(self, callback: Callable[[bool], None]) -> None:
+        self._on_last_layer = lambda: callback(True)
 
     def warm_up(self, tokens: int) -> float:
         length = min(128, self.encoder.config.max_tokens)

@@ -56,6 +56,11 @@ def digest(files: list[Path]) -> str:
     return sha.hexdigest()
 
 
+def stamps(files: list[Path]) -> list[list[int]]:
+    """Size and time of the last change (ns) of each file: others once it has been replaced."""
+    return [[found.st_size, found.st_mtime_ns] for found in (file.stat() for file in files)]
+
+
 def _in_package(name: str, revision: str | None) -> Path | None:
     carried = CARRIED.get(name)
     if carried is None or revision is not None:

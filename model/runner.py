@@ -53,8 +53,11 @@ class Runner(Protocol):
     def hidden(self, rows: Sequence[Tokens]) -> list[FloatArray]:
         """One token matrix per row: N times [L, H] float32."""
 
-    def on_last_layer(self, callback: Callable[[], None]) -> None:
-        """Call back whenever a batch comes to its last layer: time to form the next one."""
+    def on_layer(self, callback: Callable[[bool], None]) -> None:
+        """Call back as a batch comes to a layer, with whether that is its last: time to form the next one.
+
+        A device that takes all layers in one order tells of the last only.
+        """
 
     def warm_up(self, tokens: int) -> float:
         """Run once in small, for what is made at first use, then a batch of about `tokens`; tokens per second."""

@@ -22,7 +22,7 @@ def anyio_backend() -> tuple[str, dict[str, bool]]:
 @pytest.fixture
 async def engine() -> AsyncIterator[Engine]:
     """A running engine around tests/app/fake_worker.py."""
-    engine = Engine(EngineOptions("nowhere"), [sys.executable, str(Path(__file__).with_name("fake_worker.py"))])
+    engine = Engine(EngineOptions("nowhere"), 30.0, [sys.executable, str(Path(__file__).with_name("fake_worker.py"))])
     await engine.start()
     yield engine
     await engine.stop()

@@ -1,8 +1,10 @@
 """An engine process without torch: the protocol of app.worker, and a few token ids on which it misbehaves."""
 
 import os
+import signal
 import socket
 import sys
+import time
 
 import numpy as np
 
@@ -11,6 +13,9 @@ from app.engine import HIDDEN
 
 DEVICES = 3
 CRASH, NOT_A_NUMBER, FAIL, HOLD = 900, 901, 902, 903  # HOLD never says that it comes to its end
+HANG, SLOW = 904, 905  # without a word, for ever; with signs of life, for longer than a keeper waits for one
+
+SIGNS = 10  # of life that a SLOW batch gives, one each 50 ms
 
 
 def main() -> None:
@@ -23,7 +28,11 @@ def main() -> None:
         sys.exit(3)
     facts = {"device": "cpu", "devices": DEVICES, "dtype": "float32", "kernel": "fake", "threads": 1, "poolings": ["mean", "cls"]}
     facts["lanes"] = 2 if "two-lanes" in sys.argv else 1
+    if "changing" in sys.argv:  # as though the checkpoint were another one each time
+        facts["files"] = os.getpid()
     frames.send(sock, {**facts, "max_batch_tokens": order.head["max_batch_tokens"] or 64, "tokens_per_second": 1000.0})
+    if "brief" in sys.argv:
+        return
     while (batch := frames.receive(sock)) is not None:
         answer(sock, batch)
 
@@ -36,6 +45,11 @@ def answer(sock: socket.socket, batch: frames.Frame) -> None:
     if FAIL in ids:
         frames.send(sock, {"number": number, "error": "RuntimeError"})
         return
+    if HANG in ids:
+        signal.pause()
+    for _ in range(SIGNS if SLOW in ids else 0):
+        time.sleep(0.05)
+        frames.send(sock, {"number": number, "ending": False})
     if HOLD not in ids:
         frames.send(sock, {"number": number, "ending": True})
     rows = np.split(ids, np.cumsum(lengths)[:-1])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_worker import CRASH, FAIL, HOLD
+from fake_worker import CRASH, FAIL, HANG, HOLD, SIGNS, SLOW
 
 from app.engine import HIDDEN, BatchFailed, Engine, EngineDied, EngineOptions, State
 from app.errors import EngineError
@@ -15,8 +15,8 @@ from model.tokens import Tokens
 FAKE = [sys.executable, str(Path(__file__).with_name("fake_worker.py"))]
 
 
-def fake_engine(*flags: str) -> Engine:
-    return Engine(EngineOptions("nowhere"), [*FAKE, *flags])
+def fake_engine(*flags: str, timeout: float = 30.0) -> Engine:
+    return Engine(EngineOptions("nowhere"), timeout, [*FAKE, *flags])
 
 
 def rows(*ids: list[int]) -> list[Tokens]:
@@ -166,13 +166,78 @@ async def test_an_engine_that_never_comes_back_has_failed(engine, monkeypatch):
     assert not engine.room
 
 
+async def test_a_process_that_hangs_is_taken_for_dead_and_one_that_gives_signs_of_life_is_not():
+    engine = fake_engine("two-lanes", timeout=SIGNS * 0.05 / 2)
+    await engine.start()
+    assert (await engine.run("mean", rows([SLOW])))[0][0] == SLOW
+    await asyncio.sleep(0)
+    pid = engine._process.pid
+    hanging, piped = (engine.run("mean", rows([number])) for number in (HANG, 1))
+    for answer in (hanging, piped):
+        with pytest.raises(EngineDied):
+            await answer
+    await until(lambda: engine.room)
+    assert not is_alive(pid)
+    assert engine.restarts == 1
+    assert (await engine.run("mean", rows([6])))[0][0] == 6
+    await engine.stop()
+
+
+async def test_a_batch_that_waited_long_in_the_pipe_is_not_taken_for_one_that_hangs():
+    engine = fake_engine(timeout=SIGNS * 0.05 / 2)
+    await engine.start()
+    first, second = engine.run("mean", rows([SLOW])), engine.run("mean", rows([SLOW, 1]))
+    assert (await first)[0][0] == SLOW
+    assert (await second)[0][0] == SLOW + 1
+    assert engine.restarts == 0
+    await engine.stop()
+
+
+async def test_a_process_that_says_nothing_at_its_start_is_given_up(monkeypatch):
+    monkeypatch.setattr("app.engine._START_SECONDS", 0.05)
+    engine = Engine(EngineOptions("nowhere"), 30.0, [sys.executable, "-c", "import signal; signal.pause()"])
+    with pytest.raises(EngineError, match="while it started"):
+        await engine.start()
+    assert engine._process.poll() is not None
+    await engine.stop()
+
+
+async def test_a_process_that_dies_again_and_again_without_a_batch_ends_in_failure_and_not_in_a_loop(monkeypatch):
+    monkeypatch.setattr("app.engine._RESTART_DELAYS", (0.0, 0.0, 0.0))
+    engine = fake_engine("brief")
+    await engine.start()
+    await until(lambda: engine.state is State.FAILED)
+    assert engine.restarts <= 2
+    await engine.stop()
+
+
+async def test_a_death_that_a_batch_is_to_blame_for_is_no_vain_start(engine, monkeypatch):
+    monkeypatch.setattr("app.engine._RESTART_DELAYS", (0.0, 0.0))
+    for restarts in range(1, 4):
+        with pytest.raises(EngineDied):
+            await engine.run("mean", rows([CRASH]))
+        await until(lambda: engine.room)
+        assert engine.restarts == restarts
+
+
+async def test_an_engine_never_comes_back_with_another_checkpoint(monkeypatch, caplog):
+    monkeypatch.setattr("app.engine._RESTART_DELAYS", (0.0, 0.0))
+    engine = fake_engine("changing")
+    await engine.start()
+    with pytest.raises(EngineDied):
+        await engine.run("mean", rows([CRASH]))
+    await until(lambda: engine.state is State.FAILED)
+    assert "not those that this server started with" in caplog.text
+    await engine.stop()
+
+
 async def test_every_device_gets_an_engine_unless_one_is_named(monkeypatch):
     monkeypatch.setattr(Engine.__init__, "__defaults__", (FAKE,))
     for device, wanted in {"auto": ["auto", "cuda:1", "cuda:2"], "cuda:1": ["cuda:1"]}.items():
         options = EngineOptions("nowhere", device)
-        engines = [Engine(options)]
+        engines = [Engine(options, 30.0)]
         try:
-            await _start_all(engines, options)
+            await _start_all(engines, options, 30.0)
             assert [engine._options.device for engine in engines] == wanted
             assert all(engine.state is State.READY for engine in engines)
         finally:
@@ -180,7 +245,7 @@ async def test_every_device_gets_an_engine_unless_one_is_named(monkeypatch):
 
 
 async def test_batches_on_several_lanes_at_once_give_what_each_gives_alone(minilm):
-    engine = Engine(EngineOptions(str(minilm), device="cpu", threads=3))
+    engine = Engine(EngineOptions(str(minilm), device="cpu", threads=3), 30.0)
     await engine.start()
     batches = [rows(*([1000 + length] * length for length in range(start, start + 20))) for start in (1, 30, 60)]
     alone = [await engine.run("mean", batch, alone=True) for batch in batches]

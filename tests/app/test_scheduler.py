@@ -1,4 +1,5 @@
 import asyncio
+import hashlib
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -156,7 +157,8 @@ async def test_rows_that_nobody_waits_for_never_reach_an_engine():
     assert [rows for _, rows, _ in engine.batches] == [[[1]], [[2]]]
     assert firsts(await running) + firsts(await stays) == [1, 2]
     assert not scheduler._jobs
-    assert not scheduler._turns
+    assert not scheduler._short
+    assert not scheduler._long
     assert (scheduler._rows, scheduler._tokens) == (0, 0)
 
 
@@ -329,3 +331,93 @@ async def test_a_short_text_is_not_held_up_by_the_windows_of_two_long_ones():
     assert [firsts(await job) for job in long] == [[1] * 20, [2] * 20]
     shares = [{row[0] for row in rows} for _, rows, _ in engine.batches]
     assert sum(share >= {1, 2} for share in shares) >= 19  # the long ones take turns too
+
+
+def kinds(engine):
+    """Which jobs each batch so far held rows of: the first token of a row is its job's number."""
+    return [{row[0] for row in rows} for _, rows, _ in engine.batches]
+
+
+async def test_batches_of_short_and_of_long_jobs_alternate_and_never_mix():
+    engine, scheduler = make(max_batch_tokens=400, max_queue_tokens=100_000)
+    bulk = submit(scheduler, *[[1] * 10] * 1000)
+    await turns()
+    shorts = []
+    for number in range(2, 8):
+        shorts.append(submit(scheduler, [number, number]))
+        await turns()
+        while not shorts[-1].done():
+            await engine.answer()
+    assert all(share == {1} or 1 not in share for share in kinds(engine))
+    assert [{2}, {1}, {3}, {1}, {4}] == kinds(engine)[1:6]
+    sizes = [sum(map(len, rows)) for _, rows, _ in engine.batches if rows[0][0] == 1]
+    assert sizes[0] == 400  # before anybody else was there
+    assert set(sizes[1:]) == {100}  # while others come in between
+    assert not bulk.done()
+    for _ in range(9):
+        await engine.answer()
+    assert sum(map(len, engine.last)) == 400  # nobody came for a while
+    bulk.cancel()
+
+
+async def test_a_list_goes_on_while_short_texts_alone_would_fill_every_batch():
+    engine, scheduler = make(max_batch_tokens=100, max_queue_tokens=10_000)
+    jobs = [submit(scheduler, *[[1] * 10] * 200)]
+    await turns()
+    jobs += [submit(scheduler, [2] * 50) for _ in range(40)]
+    await turns()
+    for _ in range(12):
+        await engine.answer()
+    assert kinds(engine)[1:13] == [{2}, {1}] * 6
+    for job in jobs:
+        job.cancel()
+
+
+async def test_a_long_list_that_waits_leaves_room_for_short_texts_but_not_for_another_list():
+    _, scheduler = make(max_batch_tokens=10, max_queue_tokens=100)
+    bulk = submit(scheduler, *[[1] * 5] * 1000)
+    await turns()
+    shorts = [submit(scheduler, [2] * 10) for _ in range(9)]
+    await turns()
+    assert not any(job.done() for job in (bulk, *shorts))
+    for rows in ([3] * 10, [3] * 5), ([3],):
+        with pytest.raises(Overloaded):
+            await scheduler.submit([Tokens.of(row) for row in rows], "mean")
+    for job in (bulk, *shorts):
+        job.cancel()
+    await turns()
+    assert (scheduler._rows, scheduler._tokens, scheduler._ahead) == (0, 0, 0)
+
+
+async def test_a_queue_that_is_almost_full_is_known_before_a_request_is_read():
+    engine, scheduler = make(max_batch_tokens=200, max_queue_tokens=160)
+    scheduler.check_room()
+    running = submit(scheduler, [1] * 150)
+    await turns()
+    scheduler.check_room()
+    waiting = submit(scheduler, [2] * 150)
+    await turns()
+    scheduler.check_room()
+    more = submit(scheduler, [3])
+    await turns()
+    with pytest.raises(Overloaded) as refused:
+        scheduler.check_room()
+    assert refused.value.retry_after == 2  # 151 tokens at 100 a second
+    engine.state = State.STARTING
+    with pytest.raises(NotReady) as refused:
+        scheduler.check_room()
+    assert refused.value.retry_after == 3
+    for job in (running, waiting, more):
+        job.cancel()
+
+
+async def test_a_text_that_was_aboard_two_deaths_is_named_in_the_log_by_a_hash(caplog):
+    engine, scheduler = make()
+    job = submit(scheduler, [1, 22])
+    await turns()
+    for _ in range(2):
+        await engine.answer(EngineDied(running=True))
+    await job
+    (record,) = [record for record in caplog.records if "deaths" in record.message]
+    assert record.args[1] == hashlib.sha256(np.array([1, 22], dtype=np.int32).tobytes()).hexdigest()
+    assert "22]" not in record.message
