@@ -22,7 +22,6 @@ _CHUNK = 512  # texts of a command in one submission
 _ALONE = {
     **dict.fromkeys(("max_queue_tokens", "max_request_tokens"), _UNLIMITED),
     "max_client_batch_size": _CHUNK,
-    "request_timeout": float(_UNLIMITED),
 }
 
 
@@ -53,21 +52,26 @@ def serve(settings: Settings) -> None:
     import uvicorn  # once the port is known to be free: a refusal comes at once
 
     from app.main import create_app
-    from app.service import Service
+    from app.serving import Serving, running_serving
 
     class Server(uvicorn.Server):
         """uvicorn's, but it says when it listens, and ends with exit code 0 after a signal: uvicorn would raise it again."""
 
-        def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        def __init__(self, config: uvicorn.Config, serving: Serving) -> None:
             super().__init__(config)
-            self._service = service
+            self._serving = serving
 
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
-            print(_banner(self._service.info(), sock, settings.url_prefix or ""), flush=True)
+            if not os.isatty(0):  # on a terminal it says that the terminal is gone, and ends the server
+                asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._on_hangup)
+            print(_banner(self._serving.current.service.info(), sock, settings.url_prefix or ""), flush=True)
+
+        def _on_hangup(self) -> None:
+            self._reloading = asyncio.ensure_future(self._serving.reload_or_log())
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            self._service.closing.set()
+            self._serving.current.service.closing.set()
             await super().shutdown(sockets)
 
         @contextlib.contextmanager
@@ -76,9 +80,9 @@ def serve(settings: Settings) -> None:
                 signal.signal(number, self.handle_exit)
             yield
 
-    async def run(service: Service) -> None:
+    async def run(serving: Serving) -> None:
         config = uvicorn.Config(
-            create_app(settings, service),
+            create_app(settings, serving),
             http="httptools",
             log_config=None,
             access_log=False,
@@ -86,10 +90,10 @@ def serve(settings: Settings) -> None:
             proxy_headers=False,
             timeout_keep_alive=_KEEP_ALIVE,
         )
-        await Server(config, service).serve([sock])
+        await Server(config, serving).serve([sock])
 
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
-    _with_service(settings, run)
+    _around(running_serving, settings, run)
 
 
 def info(settings: Settings) -> None:
@@ -236,17 +240,22 @@ _WRITERS: Mapping[str, Callable[[Path, list[str], Any], None]] = {
 
 
 def _with_service(settings: Settings, run: Callable[[Any], Any]) -> None:
-    """Run a coroutine around a started service, in an event loop of its own."""
+    from app.service import running_service
+
+    _around(running_service, settings, run)
+
+
+def _around(running: Callable[..., Any], settings: Settings, run: Callable[[Any], Any]) -> None:
+    """Run a coroutine around what `running` starts, in an event loop of its own."""
     import uvloop
 
     from app.errors import ServiceError
     from app.metrics import Metrics
-    from app.service import running_service
     from model.errors import ModelError
 
     async def around() -> None:
-        async with running_service(settings, Metrics()) as service:
-            await run(service)
+        async with running(settings, Metrics()) as started:
+            await run(started)
 
     try:
         uvloop.run(around())

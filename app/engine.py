@@ -143,6 +143,7 @@ class Engine:
     async def stop(self) -> None:
         """End the process. Batches that are out raise EngineDied."""
         self.state = State.STOPPED
+        self.on_change()
         if self._restarting is not None:
             self._restarting.cancel()
         if self._watch is not None:

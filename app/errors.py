@@ -10,6 +10,7 @@ ServiceError              500 Internal
 ├── TooManyTokens         413 Validation
 ├── InvalidInput          422 Validation
 ├── WrongKind             424 Backend
+├── BadCheckpoint         424 Backend
 ├── Overloaded            429 Overloaded   Retry-After
 ├── EngineError           500 Backend
 ├── NotReady              503 Unhealthy    Retry-After
@@ -73,6 +74,11 @@ class InvalidInput(ServiceError):
 
 
 class WrongKind(ServiceError):
+    status = 424
+    word = "Backend"
+
+
+class BadCheckpoint(ServiceError):
     status = 424
     word = "Backend"
 

@@ -1,8 +1,6 @@
 """The composition root: an app around a service."""
 
-import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager, nullcontext
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -10,16 +8,15 @@ from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Scope
 
-from app.api import chunks, classify, dispatch, openai, ops, rerank, tei, vllm
+from app.api import admin, chunks, classify, dispatch, openai, ops, rerank, tei, vllm
 from app.api.json_route import DirectRoutes, JsonRoute
 from app.auth import RequireKey
-from app.classification import Classification
 from app.compression import Compress
 from app.errors import NotFound, ServiceError
-from app.metrics import Metrics
-from app.middleware import BodyLimit, CancelOnDisconnect, Observe, PlainPaths, Refuse, path_of
+from app.middleware import BodyLimit, CancelOnDisconnect, Deadline, Observe, PlainPaths, Refuse, path_of
 from app.render import json_bytes
-from app.service import VERSION, Service, running_service
+from app.service import VERSION
+from app.serving import EnterCurrent, Serving
 from app.settings import Settings
 
 ROUTERS = (
@@ -33,6 +30,7 @@ ROUTERS = (
     classify.classifiers,
     dispatch.router,
     ops.router,
+    admin.router,
 )
 JSON_ROUTES = [
     route
@@ -54,20 +52,21 @@ _DIALECTS: Mapping[str, Callable[[int, str, str], tuple[int, Mapping[str, Any]]]
 below every other path it is TEI's."""
 
 
-def create_app(settings: Settings, service: Service | None = None) -> ASGIApp:
-    """The whole server as an ASGI app. Its service starts and stops with it, unless one is handed in.
+def create_app(settings: Settings, serving: Serving) -> ASGIApp:
+    """The whole server as an ASGI app around a service that runs.
 
     Ours surrounds FastAPI's, and not the other way round: a refusal then costs as little as possible, and a JSON
     route is reached without the dozen layers that only other routes need.
     """
-    metrics = service.metrics if service else Metrics()
+    metrics = serving.metrics
 
     def refuse(error: ServiceError, scope: Scope) -> Response:
         metrics.refused.labels(error.word).inc()
         return refusal(error, scope)
 
-    api = create_api(settings, metrics, service, refuse)
-    app: ASGIApp = DirectRoutes(api, JSON_ROUTES, refuse)
+    app: ASGIApp = DirectRoutes(create_api(refuse), JSON_ROUTES, refuse)
+    app = EnterCurrent(app, serving)
+    app = Deadline(app, settings.request_timeout, refuse)
     app = CancelOnDisconnect(app)
     app = BodyLimit(app, settings.max_body_bytes, refuse)
     if settings.api_key is not None:
@@ -76,16 +75,8 @@ def create_app(settings: Settings, service: Service | None = None) -> ASGIApp:
     return Observe(app, metrics, refuse)
 
 
-def create_api(settings: Settings, metrics: Metrics, service: Service | None, refuse: Refuse) -> FastAPI:
+def create_api(refuse: Refuse) -> FastAPI:
     """Every route, documented: what stands at /docs and /openapi.json."""
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with nullcontext(service) if service else running_service(settings, metrics) as started:
-            app.state.service = started
-            app.state.classification = Classification(started)
-            await asyncio.to_thread(app.state.classification.store.open)
-            yield
 
     async def on_service_error(request: Request, error: ServiceError) -> ASGIApp:
         return refuse(error, request.scope)
@@ -94,7 +85,6 @@ def create_api(settings: Settings, metrics: Metrics, service: Service | None, re
         title="bertd",
         version=VERSION,
         description="Text to BERT representations: token matrices, vectors, similarity, classes.",
-        lifespan=lifespan,
         redoc_url=None,
         swagger_ui_parameters={"tryItOutEnabled": True},
         exception_handlers={ServiceError: on_service_error, HTTPException: _on_http_exception},

@@ -1,7 +1,8 @@
-"""What surrounds every request, as pure ASGI classes: observation, plain paths, the body's limit, cancellation on hang-up."""
+"""What surrounds every request, as pure ASGI classes: observation, plain paths, the body's limit, hang-ups, deadlines."""
 
 import asyncio
 import logging
+import math
 import re
 import time
 import traceback
@@ -11,7 +12,7 @@ from collections.abc import Callable
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.errors import BodyTooLarge, NotFound, ServiceError
+from app.errors import BodyTooLarge, DeadlineExceeded, InvalidInput, NotFound, ServiceError
 from app.metrics import Metrics
 
 log = logging.getLogger("bertd.request")
@@ -20,6 +21,7 @@ Refuse = Callable[[ServiceError, Scope], ASGIApp]
 """An error as the answer that the client of a path understands."""
 
 _REQUEST_ID_SIZE = 128
+_TIMEOUT_HEADER = "x-request-timeout"
 _LINGER_BYTES = 64 * 2**20  # of a refused body that are read and thrown away, so that the client gets to read the refusal
 _LINGER_SECONDS = 5.0
 
@@ -188,6 +190,56 @@ class CancelOnDisconnect:
                 raise  # somebody else wants this task to end
         finally:
             watch.cancel()
+
+
+class Deadline:
+    """Answers 504 when an answer has not begun in time: after BERTD_REQUEST_TIMEOUT, or sooner where the header
+    `x-request-timeout` says so. What the request has waiting is dropped."""
+
+    def __init__(self, app: ASGIApp, seconds: float, refuse: Refuse) -> None:
+        self._app = app
+        self._seconds = seconds
+        self._refuse = refuse
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        try:
+            seconds = self._limit(scope)
+            async with asyncio.timeout(seconds) as deadline:
+
+                async def send_in_time(message: Message) -> None:
+                    deadline.reschedule(None)  # what has begun is not cut
+                    await send(message)
+
+                await self._app(scope, receive, send_in_time)
+        except InvalidInput as error:
+            await self._refuse(error, scope)(scope, receive, send)
+        except TimeoutError:
+            if not deadline.expired():
+                raise
+            late = DeadlineExceeded(f"no answer within {seconds:g} s; send fewer texts or try again later")
+            await self._refuse(late, scope)(scope, receive, send)
+
+    def _limit(self, scope: Scope) -> float | None:
+        """Seconds that the request may take; a client can't ask for more than there are for everybody."""
+        most = None if takes_long(scope) else self._seconds
+        asked = Headers(scope=scope).get(_TIMEOUT_HEADER)
+        if asked is None:
+            return most
+        try:
+            seconds = float(asked)
+        except ValueError:
+            seconds = 0.0
+        if not 0 < seconds < math.inf:
+            raise InvalidInput(f"{_TIMEOUT_HEADER} holds no number of seconds above 0; wanted one, such as 2.5")
+        return seconds if most is None else min(seconds, most)
+
+
+def takes_long(scope: Scope) -> bool:
+    """Whether a request is for work that has no deadline of its own: a fit, a reload."""
+    return scope["method"] == "PUT" or path_of(scope).startswith("/admin/")
 
 
 async def _whole_body(receive: Receive) -> bytes | None:

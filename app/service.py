@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from app.engine import HIDDEN, SPARSE, Engine, EngineOptions
-from app.errors import DeadlineExceeded, EmptyInput, InvalidInput, NotReady, Overloaded, ServiceError, WrongKind
+from app.errors import EmptyInput, InvalidInput, NotReady, Overloaded, ServiceError, WrongKind
 from app.inputs import TOKENIZERS, Encoded, Encoding, Input, Item, Reader, Span, Token
 from app.metrics import Metrics
 from app.scheduler import Answer, Outcome, Scheduler
@@ -258,6 +258,11 @@ class Service:
         cosines: FloatArray = (vectors[: len(a)] * vectors[len(a) :]).sum(axis=1)
         return cosines, stats
 
+    async def check(self) -> None:
+        """Raises EngineError where the encoder gives what is no number, as with weights that were damaged."""
+        answer = await self.scheduler.submit([Tokens.of([0])], self.config.task)
+        _raise_first(answer.outcomes)
+
     async def tokenize(self, texts: Sequence[str], special_tokens: bool, prompt_name: str | None) -> list[list[Token]]:
         """The tokens of each text, nothing cut."""
         self._check_list(texts)
@@ -344,12 +349,7 @@ class Service:
     async def _submit(self, rows: list[Tokens], task: str) -> Answer:
         if not rows:
             return Answer([], 0.0, 0.0)
-        timeout = self.settings.request_timeout
-        try:
-            async with asyncio.timeout(timeout):
-                return await self.scheduler.submit(rows, task)
-        except TimeoutError:
-            raise DeadlineExceeded(f"no answer within {timeout:g} s; send fewer texts or try again later") from None
+        return await self.scheduler.submit(rows, task)
 
     def _slices(self, texts: Sequence[str]) -> Iterator[Sequence[str]]:
         """Texts in lists that fill half of the queue at most. A token stands for a character at least, so this is cautious."""
@@ -500,8 +500,8 @@ async def running_service(settings: Settings, metrics: Metrics) -> AsyncIterator
 
     Raises ModelError or EngineError when the model cannot be served.
     """
-    folder = find_model(settings.model, settings.revision)
-    config = ModelConfig.from_folder(folder, settings.pooling)
+    folder = await asyncio.to_thread(find_model, settings.model, settings.revision)
+    config = await asyncio.to_thread(ModelConfig.from_folder, folder, settings.pooling)
     files = weight_files(transformer_folder(folder))
     options = EngineOptions(
         str(folder), settings.device, settings.dtype, settings.threads, settings.max_batch_tokens, settings.pooling
@@ -516,8 +516,9 @@ async def running_service(settings: Settings, metrics: Metrics) -> AsyncIterator
         batch_tokens = min(engine.facts["max_batch_tokens"] for engine in engines)
         scheduler = Scheduler(engines, metrics, batch_tokens, settings.max_queue_tokens)
         facts = {**engines[0].facts, "model": settings.model, "sha256": sha256, "tokenization_workers": TOKENIZERS}
-        metrics.model_info.labels(settings.model, sha256, facts["dtype"], facts["device"]).set(1)
-        yield Service(settings, config, tokenizer, scheduler, metrics, facts)
+        service = Service(settings, config, tokenizer, scheduler, metrics, facts)
+        await service.check()
+        yield service
         await scheduler.drain()
     finally:
         starting.cancel()

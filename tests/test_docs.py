@@ -15,11 +15,7 @@ from app.settings import Settings, variable
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
-ROUTES = [
-    (method.upper(), path)
-    for path, methods in create_api(Settings(), Metrics(), None, refusal).openapi()["paths"].items()
-    for method in methods
-]
+ROUTES = [(method.upper(), path) for path, methods in create_api(refusal).openapi()["paths"].items() for method in methods]
 
 
 def text_of(name):

@@ -21,7 +21,7 @@ from model.vectors import FloatArray
 
 def classification_of(request: Request) -> Classification:
     """The classifiers that this app was made with."""
-    classification: Classification = request.app.state.classification
+    classification: Classification = request.state.current.classification
     return classification
 
 

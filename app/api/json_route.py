@@ -79,8 +79,8 @@ def _source(hint: Any) -> Callable[[Request], Any] | None:
 
 
 def service_of(request: Request) -> Service:
-    """The service that this app was made around."""
-    service: Service = request.app.state.service
+    """The service that answers this request."""
+    service: Service = request.state.current.service
     return service
 
 

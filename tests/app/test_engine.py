@@ -202,13 +202,12 @@ async def test_a_process_that_says_nothing_at_its_start_is_given_up(monkeypatch)
     await engine.stop()
 
 
-async def test_a_process_that_dies_again_and_again_without_a_batch_ends_in_failure_and_not_in_a_loop(monkeypatch):
+async def test_a_process_that_dies_again_and_again_without_a_batch_ends_in_failure_and_not_in_a_loop(engine, monkeypatch):
     monkeypatch.setattr("app.engine._RESTART_DELAYS", (0.0, 0.0, 0.0))
-    engine = fake_engine("brief")
-    await engine.start()
+    engine._command = [*FAKE, "brief"]
+    engine._process.kill()
     await until(lambda: engine.state is State.FAILED)
     assert engine.restarts <= 2
-    await engine.stop()
 
 
 async def test_a_death_that_a_batch_is_to_blame_for_is_no_vain_start(engine, monkeypatch):
