@@ -5,10 +5,13 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import httpx
 
@@ -65,3 +68,43 @@ def running_server(exit_code: int = 0, **settings: object) -> Iterator[RunningSe
         code = process.wait(timeout=30)
         process.stdout.close()
     assert code == exit_code
+
+
+def until(condition) -> None:
+    """Wait for something that other processes bring about."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+class Load:
+    """A client for each of the inputs, which sends them again and again to /embed; what each got, in order."""
+
+    def __init__(self, server: RunningServer, inputs: Sequence[object]) -> None:
+        self.answers: list[list[httpx.Response]] = [[] for _ in inputs]
+        self._stop = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._run, args=(server.url, {"inputs": its}, answers))
+            for its, answers in zip(inputs, self.answers, strict=True)
+        ]
+
+    def _run(self, url: str, body: object, answers: list[httpx.Response]) -> None:
+        with httpx.Client(base_url=url, timeout=60) as client:
+            while not self._stop.is_set():
+                answers.append(client.post("/embed", json=body))
+
+    def go_on(self, count: int = 1) -> None:
+        """Wait until each client has had so many answers more."""
+        seen = [len(answers) for answers in self.answers]
+        until(lambda: all(len(answers) >= had + count for answers, had in zip(self.answers, seen, strict=True)))
+
+    def __enter__(self) -> Self:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()

@@ -2,13 +2,10 @@
 
 import os
 import signal
-import threading
-import time
 from itertools import pairwise
 
-import httpx
 import pytest
-from servers import running_server
+from servers import Load, running_server, until
 
 TEXTS = ["one text", "and another one", "of three"]
 
@@ -26,58 +23,27 @@ def switch(link, folder):
     os.replace(link.with_suffix(".new"), link)
 
 
-def until(condition):
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def sha_of(server):
     return server.client.get("/info").json()["model_sha"]
-
-
-class Load:
-    """Clients that send one request after the other until they are told to stop; what each got, in order."""
-
-    def __init__(self, url, clients=4):
-        self.answers = [[] for _ in range(clients)]
-        self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._run, args=(url, answers)) for answers in self.answers]
-
-    def _run(self, url, answers):
-        with httpx.Client(base_url=url, timeout=60) as client:
-            while not self._stop.is_set():
-                response = client.post("/embed", json={"inputs": TEXTS})
-                answers.append((response.status_code, response.json()))
-
-    def __enter__(self):
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *error):
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
 
 
 def test_no_request_fails_or_is_answered_half_by_one_model_and_half_by_the_other(link, make_checkpoint):
     with running_server(model=link) as server:
         (engine,) = server.children()
         first, old = sha_of(server), server.post("/embed", inputs=TEXTS).json()
-        with Load(server.url) as load:
-            until(lambda: all(load.answers))
+        with Load(server, [TEXTS] * 4) as load:
+            load.go_on()
             switch(link, make_checkpoint(seed=2))
             server.process.send_signal(signal.SIGHUP)
             until(lambda: sha_of(server) != first)
-            seen = [len(answers) for answers in load.answers]
-            until(lambda: all(len(answers) > count for answers, count in zip(load.answers, seen, strict=True)))
+            load.go_on()
         new = server.post("/embed", inputs=TEXTS).json()
         assert new != old
         for answers in load.answers:
-            assert all(status == 200 and vectors in (old, new) for status, vectors in answers)
-            assert not any(before == new and after == old for (_, before), (_, after) in pairwise(answers))
+            vectors = [answer.json() for answer in answers if answer.status_code == 200]
+            assert len(vectors) == len(answers)
+            assert all(its in (old, new) for its in vectors)
+            assert not any(before == new and after == old for before, after in pairwise(vectors))
         until(lambda: engine not in server.children())
         assert len(server.children()) == 1
         models = [line for line in server.client.get("/metrics").text.splitlines() if line.startswith("bertd_model_info{")]

@@ -1,0 +1,109 @@
+"""The engine dies, hangs, can't come back: nobody gets a wrong answer, and nobody waits for ever."""
+
+import os
+import re
+import shutil
+import signal
+import threading
+
+import numpy as np
+import pytest
+from servers import Load, running_server, until
+
+TEXTS = [[f"text number {n}", "and its neighbour " * n] for n in range(1, 9)]
+
+
+@pytest.fixture
+def checkpoint(tmp_path, make_checkpoint):
+    """A checkpoint that a test may take away."""
+    return shutil.copytree(make_checkpoint(), tmp_path / "model")
+
+
+def wanted_from(server):
+    return [server.post("/embed", inputs=texts).json() for texts in TEXTS]
+
+
+def check(load, wanted):
+    for answers, vectors in zip(load.answers, wanted, strict=True):
+        for answer in answers:
+            assert answer.status_code == 200, answer.text
+            np.testing.assert_allclose(answer.json(), vectors, rtol=0, atol=1e-6)
+
+
+def metric(server, name):
+    return float(re.search(rf"^{name} (\S+)$", server.client.get("/metrics").text, re.MULTILINE)[1])
+
+
+def status(server, path):
+    return server.client.get(path).status_code
+
+
+def test_an_engine_that_is_killed_under_load_costs_nobody_an_answer(make_checkpoint):
+    with running_server(model=make_checkpoint()) as server:
+        wanted = wanted_from(server)
+        with Load(server, TEXTS) as load:
+            for _ in range(2):
+                load.go_on(3)
+                (engine,) = server.children()
+                os.kill(engine, signal.SIGKILL)
+                until(lambda: status(server, "/ready") == 503)
+                assert status(server, "/health") == 200
+                load.go_on(3)  # rows aboard have been answered, so that no text is aboard both deaths
+                assert status(server, "/ready") == 200
+        check(load, wanted)
+        assert metric(server, "bertd_engine_restarts_total") == 2
+        assert metric(server, "bertd_queue_rows") == 0
+
+
+def test_an_engine_that_hangs_under_load_is_replaced(make_checkpoint):
+    with running_server(model=make_checkpoint(), engine_timeout=1) as server:
+        wanted = wanted_from(server)
+        (engine,) = server.children()
+        with Load(server, TEXTS) as load:
+            load.go_on()
+            os.kill(engine, signal.SIGSTOP)
+            until(lambda: engine not in server.children())
+            load.go_on(2)
+        check(load, wanted)
+
+
+def test_while_the_engine_starts_again_a_full_queue_answers_503_and_says_when_to_come_back(make_checkpoint):
+    with running_server(model=make_checkpoint(), max_queue_tokens=40) as server:
+        (engine,) = server.children()
+        os.kill(engine, signal.SIGKILL)
+        until(lambda: status(server, "/ready") == 503)
+        waiting = []
+        patient = threading.Thread(target=lambda: waiting.append(server.post("/embed", inputs="a " * 36)))
+        patient.start()
+        until(lambda: metric(server, "bertd_queue_tokens") > 30)
+        refused = server.post("/embed", inputs="b " * 36)
+        assert refused.status_code == 503
+        assert refused.json()["error_type"] == "Unhealthy"
+        assert int(refused.headers["retry-after"]) >= 1
+        patient.join()
+        assert waiting[0].status_code == 200
+
+
+def test_an_engine_that_cannot_start_again_ends_in_a_red_health_and_not_in_a_loop(checkpoint):
+    with running_server(model=checkpoint) as server:
+        (engine,) = server.children()
+        shutil.rmtree(checkpoint)
+        os.kill(engine, signal.SIGKILL)
+        assert server.post("/embed", inputs="waits").status_code == 503
+        assert status(server, "/health") == 503
+        assert server.post("/embed", inputs="comes later").status_code == 503
+        assert server.children() == []
+
+
+def test_single_texts_pass_a_long_list(server):
+    bulk = []
+    sender = threading.Thread(target=lambda: bulk.append(server.post("/embed", inputs=["a text of the list"] * 2000)))
+    sender.start()
+    until(lambda: metric(server, "bertd_queue_rows") > 1000)
+    passed = 0
+    while metric(server, "bertd_queue_rows") > 500:
+        assert server.post("/embed", inputs="a single text").status_code == 200
+        passed += 1
+    sender.join()
+    assert bulk[0].status_code == 200
+    assert passed >= 3
