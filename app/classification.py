@@ -160,7 +160,7 @@ class Classification:
         try:
             await asyncio.wait((task, closing), return_when=asyncio.FIRST_COMPLETED)
             if not task.done():
-                raise NotReady("the server is stopping; send the request to another one", retry_after=1)
+                raise NotReady("the server stops or has changed its model; send the request again", retry_after=1)
             return task.result()
         finally:
             task.cancel()

@@ -11,7 +11,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from itertools import groupby, islice
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -35,14 +36,13 @@ def bertd(dtype: str, folder: Path, device: str, threads: int) -> Encode:
     lanes = ThreadPoolExecutor(choice.lanes, initializer=use_threads, initargs=(max(1, threads // choice.lanes),))
 
     def batches(rows: Sequence[Tokens]) -> Iterator[list[Tokens]]:
-        batch, tokens = [], 0
-        for row in rows:
-            if batch and tokens + len(row) > choice.max_batch_tokens:
-                yield batch
-                batch, tokens = [], 0
-            batch.append(row)
-            tokens += len(row)
-        yield batch
+        """As many batches for each lane, all of about the same size, as the scheduler shares out what waits."""
+        lengths = np.array([len(row) for row in rows])
+        most = choice.lanes * choice.max_batch_tokens
+        count = choice.lanes * -(-int(lengths.sum()) // most)
+        places = (lengths.cumsum() - lengths / 2) * count // lengths.sum()
+        for _, group in groupby(zip(places, rows, strict=True), key=itemgetter(0)):
+            yield [row for _, row in group]
 
     def encode(texts: Sequence[str]) -> np.ndarray:
         rows = tokenizer.encode(texts, max_tokens=_MAX_TOKENS)
