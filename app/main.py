@@ -17,7 +17,7 @@ from app.classification import Classification
 from app.compression import Compress
 from app.errors import NotFound, ServiceError
 from app.metrics import Metrics
-from app.middleware import BodyLimit, CancelOnDisconnect, Observe, PlainPaths, Refuse, path_of
+from app.middleware import BodyLimit, CancelOnDisconnect, Door, Observe, PlainPaths, Refuse, path_of
 from app.render import json_bytes
 from app.service import VERSION, Service, running_service
 from app.settings import Settings
@@ -61,18 +61,15 @@ def create_app(settings: Settings, service: Service | None = None) -> ASGIApp:
     route is reached without the dozen layers that only other routes need.
     """
     metrics = service.metrics if service else Metrics()
-
-    def refuse(error: ServiceError, scope: Scope) -> Response:
-        metrics.refused.labels(error.word).inc()
-        return refusal(error, scope)
-
+    refuse = counted_refusal(metrics)
     api = create_api(settings, metrics, service, refuse)
     app: ASGIApp = DirectRoutes(api, JSON_ROUTES, refuse)
-    app = CancelOnDisconnect(app)
+    app = CancelOnDisconnect(app, settings.body_timeout)
     app = BodyLimit(app, settings.max_body_bytes, refuse)
     if settings.api_key is not None:
         app = RequireKey(app, settings.api_key.get_secret_value(), refuse)
-    app = PlainPaths(Compress(app), settings.url_prefix or "", refuse)
+    app = Door(Compress(app), service.closing if service else asyncio.Event(), refuse)
+    app = PlainPaths(app, settings.url_prefix or "", refuse)
     return Observe(app, metrics, refuse)
 
 
@@ -110,6 +107,16 @@ def refusal(error: ServiceError, scope: Scope) -> Response:
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
     return _answer(path_of(scope), error.status, error.word, error.message, headers)
+
+
+def counted_refusal(metrics: Metrics) -> Callable[[ServiceError, Scope], Response]:
+    """`refusal`, and the metrics hear of each."""
+
+    def refuse(error: ServiceError, scope: Scope) -> Response:
+        metrics.refused.labels(error.word).inc()
+        return refusal(error, scope)
+
+    return refuse
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:

@@ -22,9 +22,9 @@ LEVELS = {
         {"runner"},
     ],
     "app": [
-        {"settings", "errors", "metrics", "render", "frames", "negotiation"},
-        {"engine", "compression", "classifiers", "fitting"},
-        {"worker", "scheduler", "inputs"},
+        {"settings", "errors", "metrics", "render", "frames", "negotiation", "lifeline"},
+        {"engine", "compression", "classifiers", "fitting", "wire"},
+        {"worker", "scheduler", "inputs", "server"},
         {"service"},
         {"classification", "middleware"},
         {"auth", "api.json_route", "api.fields"},
