@@ -2,14 +2,12 @@
 
 import argparse
 import asyncio
-import contextlib
 import json
 import logging
 import os
-import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,46 +49,31 @@ def serve(settings: Settings) -> None:
     sock = _listen(settings)
     import uvicorn  # once the port is known to be free: a refusal comes at once
 
-    from app.main import create_app
+    from app.main import counted_refusal, create_app
+    from app.server import Server, connection_limit
     from app.serving import Serving, running_serving
+    from app.wire import Wire
 
-    class Server(uvicorn.Server):
-        """uvicorn's, but it says when it listens, and ends with exit code 0 after a signal: uvicorn would raise it again."""
-
-        def __init__(self, config: uvicorn.Config, serving: Serving) -> None:
-            super().__init__(config)
-            self._serving = serving
-
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets)
-            if not os.isatty(0):  # on a terminal it says that the terminal is gone, and ends the server
-                asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._on_hangup)
-            print(_banner(self._serving.current.service.info(), sock, settings.url_prefix or ""), flush=True)
-
-        def _on_hangup(self) -> None:
-            self._reloading = asyncio.ensure_future(self._serving.reload_or_log())
-
-        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            self._serving.current.service.closing.set()
-            await super().shutdown(sockets)
-
-        @contextlib.contextmanager
-        def capture_signals(self) -> Iterator[None]:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, self.handle_exit)
-            yield
+    limit = connection_limit(settings.max_connections)
 
     async def run(serving: Serving) -> None:
+        refuse = counted_refusal(serving.metrics)
+        wire = Wire(settings.header_timeout, settings.body_timeout, limit, lambda error: refuse(error, {"path": ""}))
         config = uvicorn.Config(
             create_app(settings, serving),
-            http="httptools",
+            http=wire.protocol(),
+            ws="none",
             log_config=None,
             access_log=False,
             server_header=False,
             proxy_headers=False,
             timeout_keep_alive=_KEEP_ALIVE,
         )
-        await Server(config, serving).serve([sock])
+        banner = _banner(serving.current.service.info(), sock, settings.url_prefix or "")
+        server = Server(config, serving, settings.grace_period, lambda: print(banner, flush=True))
+        await server.serve([sock])
+        if server.cut_off:
+            raise Failure(f"stopped before {server.cut_off} requests were answered; give BERTD_GRACE_PERIOD more seconds")
 
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
     _around(running_serving, settings, run)

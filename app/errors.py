@@ -2,9 +2,11 @@
 
 ServiceError              500 Internal
 ├── EmptyInput            400 Empty
+├── MalformedRequest      400 Validation
 ├── Unauthorized          401 Unauthorized
 ├── NotFound              404 NotFound
 ├── NotAcceptable         406 Validation
+├── RequestTimeout        408 Timeout
 ├── Conflict              409 Conflict
 ├── BodyTooLarge          413 Validation
 ├── TooManyTokens         413 Validation
@@ -12,6 +14,7 @@ ServiceError              500 Internal
 ├── WrongKind             424 Backend
 ├── BadCheckpoint         424 Backend
 ├── Overloaded            429 Overloaded   Retry-After
+├── HeadTooLarge          431 Validation
 ├── EngineError           500 Backend
 ├── NotReady              503 Unhealthy    Retry-After
 ├── DeadlineExceeded      504 Timeout
@@ -38,6 +41,11 @@ class EmptyInput(ServiceError):
     word = "Empty"
 
 
+class MalformedRequest(ServiceError):
+    status = 400
+    word = "Validation"
+
+
 class Unauthorized(ServiceError):
     status = 401
     word = "Unauthorized"
@@ -51,6 +59,11 @@ class NotFound(ServiceError):
 class NotAcceptable(ServiceError):
     status = 406
     word = "Validation"
+
+
+class RequestTimeout(ServiceError):
+    status = 408
+    word = "Timeout"
 
 
 class Conflict(ServiceError):
@@ -86,6 +99,11 @@ class BadCheckpoint(ServiceError):
 class Overloaded(ServiceError):
     status = 429
     word = "Overloaded"
+
+
+class HeadTooLarge(ServiceError):
+    status = 431
+    word = "Validation"
 
 
 class EngineError(ServiceError):

@@ -17,6 +17,7 @@ from pathlib import Path
 from app import frames
 from app.errors import EngineError
 from app.frames import Frame, FrameProtocol
+from app.lifeline import end_with_parent
 from model.finetune import Codes, Fitted, Head, fit
 from model.vectors import FloatArray
 
@@ -75,6 +76,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     os.nice(_NICENESS)
     sock = socket.socket(fileno=int(sys.argv[1]))
+    end_with_parent(sock)
     order = frames.receive(sock)
     if order is None:
         return

@@ -13,7 +13,8 @@ from app.api.json_route import DirectRoutes, JsonRoute
 from app.auth import RequireKey
 from app.compression import Compress
 from app.errors import NotFound, ServiceError
-from app.middleware import BodyLimit, CancelOnDisconnect, Deadline, Observe, PlainPaths, Refuse, path_of
+from app.metrics import Metrics
+from app.middleware import BodyLimit, CancelOnDisconnect, Deadline, Door, Observe, PlainPaths, Refuse, path_of
 from app.render import json_bytes
 from app.service import VERSION
 from app.serving import EnterCurrent, Serving
@@ -58,21 +59,17 @@ def create_app(settings: Settings, serving: Serving) -> ASGIApp:
     Ours surrounds FastAPI's, and not the other way round: a refusal then costs as little as possible, and a JSON
     route is reached without the dozen layers that only other routes need.
     """
-    metrics = serving.metrics
-
-    def refuse(error: ServiceError, scope: Scope) -> Response:
-        metrics.refused.labels(error.word).inc()
-        return refusal(error, scope)
-
+    refuse = counted_refusal(serving.metrics)
     app: ASGIApp = DirectRoutes(create_api(refuse), JSON_ROUTES, refuse)
     app = EnterCurrent(app, serving)
     app = Deadline(app, settings.request_timeout, refuse)
-    app = CancelOnDisconnect(app)
+    app = CancelOnDisconnect(app, settings.body_timeout)
     app = BodyLimit(app, settings.max_body_bytes, refuse)
     if settings.api_key is not None:
         app = RequireKey(app, settings.api_key.get_secret_value(), refuse)
-    app = PlainPaths(Compress(app), settings.url_prefix or "", refuse)
-    return Observe(app, metrics, refuse)
+    app = Door(Compress(app), serving.closing, serving.check_room, refuse)
+    app = PlainPaths(app, settings.url_prefix or "", refuse)
+    return Observe(app, serving.metrics, refuse)
 
 
 def create_api(refuse: Refuse) -> FastAPI:
@@ -100,6 +97,16 @@ def refusal(error: ServiceError, scope: Scope) -> Response:
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
     return _answer(path_of(scope), error.status, error.word, error.message, headers)
+
+
+def counted_refusal(metrics: Metrics) -> Callable[[ServiceError, Scope], Response]:
+    """`refusal`, and the metrics hear of each."""
+
+    def refuse(error: ServiceError, scope: Scope) -> Response:
+        metrics.refused.labels(error.word).inc()
+        return refusal(error, scope)
+
+    return refuse
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:

@@ -1,4 +1,4 @@
-"""What surrounds every request, as pure ASGI classes: observation, plain paths, the body's limit, hang-ups, deadlines."""
+"""What surrounds every request, as pure ASGI classes: observation, paths, the door, the body's limit, hang-ups, deadlines."""
 
 import asyncio
 import logging
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.errors import BodyTooLarge, DeadlineExceeded, InvalidInput, NotFound, ServiceError
+from app.errors import BodyTooLarge, DeadlineExceeded, InvalidInput, NotFound, NotReady, Overloaded, RequestTimeout, ServiceError
 from app.metrics import Metrics
 
 log = logging.getLogger("bertd.request")
@@ -24,6 +24,7 @@ _REQUEST_ID_SIZE = 128
 _TIMEOUT_HEADER = "x-request-timeout"
 _LINGER_BYTES = 64 * 2**20  # of a refused body that are read and thrown away, so that the client gets to read the refusal
 _LINGER_SECONDS = 5.0
+_ALWAYS_OPEN = ("/health", "/ready", "/metrics")
 
 
 class Observe:
@@ -95,8 +96,41 @@ def path_of(scope: Scope) -> str:
     return path.removeprefix(scope.get("root_path", ""))
 
 
+class Door:
+    """Refuses what would be refused anyway, before it costs anything; what an operator asks always passes.
+
+    Once the server stops it lets nobody in, and those inside are answered. While the queue is full it turns back whatever
+    would have to wait in it: `check_room` raises the refusal.
+    """
+
+    def __init__(self, app: ASGIApp, closing: asyncio.Event, check_room: Callable[[], None], refuse: Refuse) -> None:
+        self._app = app
+        self._closing = closing
+        self._check_room = check_room
+        self._refuse = refuse
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or path_of(scope) in _ALWAYS_OPEN:
+            await self._app(scope, receive, send)
+            return
+        if self._closing.is_set():
+            error = NotReady("the server is stopping; send the request to another one", retry_after=1)
+            await self._refuse(error, scope)(scope, receive, _lingering(send, receive))
+            return
+        try:
+            if scope["method"] == "POST" and not takes_long(scope):
+                self._check_room()
+        except (Overloaded, NotReady) as error:
+            await self._refuse(error, scope)(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+
 class BodyLimit:
-    """Refuses a body that is too large before it is read whole: by its declared length, else when it passes the limit."""
+    """Refuses a body that is too large before it is read whole: by its declared length, else when it passes the limit.
+
+    Whoever waits for the body may raise RequestTimeout; that is answered here too.
+    """
 
     def __init__(self, app: ASGIApp, max_bytes: int, refuse: Refuse) -> None:
         self._app = app
@@ -121,7 +155,7 @@ class BodyLimit:
             if int(Headers(scope=scope).get("content-length", 0)) > self._max_bytes:
                 raise self._too_large()
             await self._app(scope, limited_receive, send)
-        except BodyTooLarge as error:
+        except (BodyTooLarge, RequestTimeout) as error:
             await self._refuse(error, scope)(scope, receive, _lingering(send, receive))
 
     def _too_large(self) -> BodyTooLarge:
@@ -160,16 +194,20 @@ async def _drain(receive: Receive) -> None:
 
 
 class CancelOnDisconnect:
-    """Cancels the work of a request when its client hangs up: watches `receive` beside the app."""
+    """Cancels the work of a request when its client hangs up: watches `receive` beside the app.
 
-    def __init__(self, app: ASGIApp) -> None:
+    Reads the body first. Raises RequestTimeout when that takes longer than so many seconds.
+    """
+
+    def __init__(self, app: ASGIApp, body_timeout: float) -> None:
         self._app = app
+        self._body_timeout = body_timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        body = await _whole_body(receive)
+        body = await self._read(receive)
         if body is None:
             return
         unread: list[Message] = [{"type": "http.request", "body": body}]
@@ -190,6 +228,14 @@ class CancelOnDisconnect:
                 raise  # somebody else wants this task to end
         finally:
             watch.cancel()
+
+    async def _read(self, receive: Receive) -> bytes | None:
+        try:
+            async with asyncio.timeout(self._body_timeout):
+                return await _whole_body(receive)
+        except TimeoutError:
+            seconds = f"{self._body_timeout:g} s"
+            raise RequestTimeout(f"the body was not complete after {seconds}; send it faster, or less at once") from None
 
 
 class Deadline:

@@ -67,6 +67,7 @@ class Serving:
     def __init__(self, settings: Settings, metrics: Metrics, current: Current) -> None:
         self.metrics = metrics
         self.current = current
+        self.closing = asyncio.Event()  # set when the server stops
         self._settings = settings
         self._turn = asyncio.Lock()  # one reload at a time: each holds a second model in memory
         self._retiring: set[asyncio.Task[None]] = set()
@@ -98,7 +99,17 @@ class Serving:
         else:
             log.info("reload: weights %s in the place of %s", done.service.facts["sha256"], done.former)
 
+    def check_room(self) -> None:
+        """Raises Overloaded or NotReady while almost any text would be refused because the queue is full."""
+        self.current.service.scheduler.check_room()
+
+    def close(self) -> None:
+        """Take no new work: the first word of a stop."""
+        self.closing.set()
+        self.current.service.closing.set()
+
     async def stop(self) -> None:
+        """End everything; what was accepted should have been answered."""
         await asyncio.gather(self.current.stop(), *self._retiring)
 
     def _tell_model(self) -> None:

@@ -60,6 +60,12 @@ class Settings(BaseModel):
     )
     api_key: SecretStr | None = Field(None, description="key that clients send as `Authorization: Bearer KEY`")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
+    header_timeout: float = Field(10.0, gt=0, description="seconds in which the head of a request must arrive")
+    body_timeout: float = Field(
+        30.0, gt=0, description="seconds in which a body must arrive, and in which a client must take more of an answer"
+    )
+    max_connections: int = Field(1000, ge=1, description="connections at once, where the process may have so many descriptors")
+    grace_period: float = Field(30.0, ge=0, description="seconds that accepted requests get when the server stops")
 
     @model_validator(mode="after")
     def _refuse_contradictions(self) -> Self:

@@ -19,6 +19,7 @@ import numpy as np
 from app import frames
 from app.engine import HIDDEN, SPARSE
 from app.frames import Frame
+from app.lifeline import end_with_parent
 from model.config import transformer_folder, weight_files
 from model.errors import ModelError
 from model.hub import stamps
@@ -33,6 +34,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the API process decides when to stop
         signal.signal(number, signal.SIG_IGN)
     sock = socket.socket(fileno=int(sys.argv[1]))
+    end_with_parent(sock)
     order = frames.receive(sock)
     if order is None:
         return

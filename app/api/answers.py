@@ -43,10 +43,12 @@ class TextDetail(BaseModel):
 _REFUSED: Mapping[int | str, str | None] = {
     400: "an input is empty",
     401: "the key is missing or wrong",
+    408: "the body did not arrive in time",
     413: "the body is too large, or its texts have too many tokens",
     422: "the request is invalid",
     424: "the model is of another kind",
     429: "overloaded; Retry-After says when to come back",
+    431: "the head is too large",
     500: "the encoder failed",
     503: "not ready; Retry-After says when to come back",
     504: "the deadline passed",

@@ -23,8 +23,8 @@ async def health(service: ServiceOf) -> Response:
 @router.get("/ready", response_class=Response, responses=_DOWN)
 async def ready(service: ServiceOf) -> Response:
     """200 while requests are answered; 503 while the engine starts again or the server stops."""
-    if not service.scheduler.ready:
-        raise NotReady("the engine is not ready; try again soon", retry_after=1)
+    if service.closing.is_set() or not service.scheduler.ready:
+        raise NotReady("the engine is not ready, or the server stops; try again soon", retry_after=1)
     return Response()
 
 

@@ -107,3 +107,23 @@ def test_single_texts_pass_a_long_list(server):
     sender.join()
     assert bulk[0].status_code == 200
     assert passed >= 3
+
+
+def test_overload_is_refused_kindly_and_what_is_accepted_is_right(make_checkpoint):
+    with running_server(model=make_checkpoint(), max_queue_tokens=40, max_batch_tokens=32) as server:
+        wanted = server.post("/embed", inputs=TEXTS[3]).json()
+        with Load(server, [TEXTS[3]] * 40) as load:
+            load.go_on(4)
+            assert status(server, "/health") == status(server, "/ready") == status(server, "/info") == 200
+        answers = [answer for answers in load.answers for answer in answers]
+        assert {answer.status_code for answer in answers} == {200, 429}
+        for answer in answers:
+            if answer.status_code == 200:
+                np.testing.assert_allclose(answer.json(), wanted, rtol=0, atol=1e-6)
+            else:
+                assert answer.json()["error_type"] == "Overloaded"
+                assert int(answer.headers["retry-after"]) >= 1
+        assert metric(server, "bertd_queue_tokens") == 0
+        assert server.post("/embed", inputs=TEXTS[3]).status_code == 200
+        refused = sum(answer.status_code == 429 for answer in answers)
+        assert f'bertd_refused_total{{reason="Overloaded"}} {refused:.1f}' in server.client.get("/metrics").text

@@ -1,0 +1,113 @@
+"""The listener and how it stops: what is new is refused, what was accepted is answered."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import resource
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import cast
+
+import uvicorn
+
+from app.serving import Serving
+from app.wire import TURNED_AWAY, Connection
+
+log = logging.getLogger("bertd.server")
+
+_OTHER_FILES = 64 + TURNED_AWAY  # descriptors that are no client's: engines, files, libraries
+_LAST_SECONDS = 1.0  # for requests that were cut off to give back what they hold
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, but after a signal the port stays open, and new requests are refused, until the accepted ones are answered.
+
+    A second signal, or the end of the grace period, cuts everything off. No signal is raised again afterwards, as uvicorn
+    would do: the exit code tells. SIGHUP asks for a reload.
+    """
+
+    def __init__(self, config: uvicorn.Config, serving: Serving, grace: float, on_listening: Callable[[], None]) -> None:
+        super().__init__(config)
+        self.cut_off = 0  # requests that were accepted and not answered
+        self._serving = serving
+        self._reloads: set[asyncio.Task[None]] = set()
+        self._forced = asyncio.Event()
+        self._grace = grace
+        self._on_listening = on_listening
+        self._loop = asyncio.get_running_loop()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if not os.isatty(0):  # on a terminal it says that the terminal is gone, and ends the server
+            self._loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
+        self._on_listening()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.handle_exit)
+        yield
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._loop.call_soon_threadsafe(self._on_signal)
+
+    def _on_signal(self) -> None:
+        if self._serving.closing.is_set():
+            self._forced.set()
+        self._serving.close()
+        self.should_exit = True
+
+    def _on_hangup(self) -> None:
+        reload = self._loop.create_task(self._serving.reload_or_log())
+        self._reloads.add(reload)
+        reload.add_done_callback(self._reloads.discard)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._serving.close()
+        drained = asyncio.ensure_future(self._drain(sockets))
+        forced = asyncio.ensure_future(self._forced.wait())
+        await asyncio.wait((drained, forced), timeout=self._grace, return_when=asyncio.FIRST_COMPLETED)
+        forced.cancel()
+        if not drained.done():
+            drained.cancel()
+            await self._cut_off()
+
+    async def _drain(self, sockets: list[socket.socket] | None) -> None:
+        """Answer what is inside, then close the port and every connection."""
+        for connection in self._connections():
+            connection.answer_last()
+        if accepted := set(self.server_state.tasks):
+            await asyncio.wait(accepted)
+        await super().shutdown(sockets)
+
+    async def _cut_off(self) -> None:
+        tasks = set(self.server_state.tasks)
+        self.cut_off = len(tasks)
+        for server in self.servers:
+            server.close()
+        for connection in self._connections():
+            connection.transport.abort()  # each task ends as when its client hangs up
+        if tasks:
+            await asyncio.wait(tasks, timeout=_LAST_SECONDS)
+        await self.lifespan.shutdown()
+
+    def _connections(self) -> list[Connection]:
+        return cast(list[Connection], list(self.server_state.connections))
+
+
+def connection_limit(wanted: int) -> int:
+    """As many connections as are wanted, or as the process may have descriptors for. Raises its soft limit if need be."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return wanted
+    needed = wanted + _OTHER_FILES
+    if soft < needed:
+        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    limit = min(wanted, max(1, soft - _OTHER_FILES))
+    if limit < wanted:
+        log.warning("%d connections at most, not %d: the process may have %d descriptors; see ulimit -n", limit, wanted, soft)
+    return limit

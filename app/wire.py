@@ -1,0 +1,315 @@
+"""One connection: uvicorn's HTTP protocol, with an end to every wait and a bound on everything that a client can send.
+
+What the parser reads of a request goes to the app, as in uvicorn. What never becomes a request is refused here, in the
+shape of every other refusal, and the connection ends.
+"""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, ClassVar
+
+import httptools
+from starlette.responses import Response
+from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+
+from app.errors import HeadTooLarge, MalformedRequest, NotReady, RequestTimeout, ServiceError
+
+_HEAD_BYTES = 2**16  # of a request line and headers, with the trailers of its body
+_HEADERS = 100
+_PIPELINED = 16  # requests that may wait on a connection for the answer to the one before
+_LINGER_SECONDS = 2.0  # for a client to read a refusal before its connection is cut,
+_LINGER_BYTES = 2**20  # and what it may send meanwhile
+TURNED_AWAY = 64  # connections above the limit that are told so; more are cut without a word
+
+_FRAMING = (b"content-length", b"transfer-encoding")
+
+
+class Reading(StrEnum):
+    """The part of a request that the parser is in."""
+
+    NOTHING = "nothing"
+    HEAD = "head"
+    BODY = "body"
+
+
+class Wait(StrEnum):
+    """What a connection waits for while no answer is being made."""
+
+    START = "start"  # the first byte
+    HEAD = "head"  # the end of a head
+    BODY = "body"  # the end of a body whose request was answered before it
+    NEXT = "next"  # another request
+    LEAVE = "leave"  # the client, to take its last answer
+    LINGER = "linger"  # the client, to read a refusal and close
+
+
+@dataclass
+class Wire:
+    """What the connections of a server share. Times are in seconds."""
+
+    header_timeout: float
+    body_timeout: float
+    max_connections: int
+    refuse: Callable[[ServiceError], Response]
+    turned_away: int = 0
+
+    def protocol(self) -> type["Connection"]:
+        """The class of these connections, for uvicorn to make each of."""
+
+        class Ours(Connection):
+            wire = self
+
+        return Ours
+
+
+class Connection(HttpToolsProtocol):
+    """One connection. At any time at most one timer runs for what its client owes."""
+
+    wire: ClassVar[Wire]
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._reading = Reading.NOTHING
+        self._head_bytes = 0  # that the parser has handed over: of a head, and of the trailers after its body
+        self._held_bytes = 0  # that it got since it last handed anything over
+        self._discarded = 0
+        self._deaf = False  # whatever still comes is thrown away
+        self._turned_away = False
+        self._running: RequestResponseCycle | None = None  # the request that is being answered, or was last
+        self._refusal: ServiceError | None = None  # to be sent after the answer to the request that is running
+        self._wait: Wait | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._unread: asyncio.TimerHandle | None = None  # runs while the client takes nothing of an answer
+
+    # What the transport calls
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        if len(self.connections) < self.wire.max_connections:
+            super().connection_made(transport)
+            self._watch()
+        else:
+            self.transport = transport
+            self._turn_away()
+
+    def data_received(self, data: bytes) -> None:
+        if self._deaf:
+            self._discarded += len(data)
+            if self._discarded > _LINGER_BYTES:
+                self.transport.abort()
+            return
+        self._held_bytes += len(data)
+        self._feed(data)
+        if self._held_bytes > _HEAD_BYTES and not self._deaf:
+            self._refuse(_head_too_large())
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._running is not None:  # uvicorn tells the last request of a pipeline only
+            _hang_up(self._running)
+        for timer in filter(None, (self._timer, self._unread)):
+            timer.cancel()
+        self.wire.turned_away -= self._turned_away
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unread = self.loop.call_later(self.wire.body_timeout, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._unread is not None:
+            self._unread.cancel()
+
+    # What the parser calls
+
+    def on_message_begin(self) -> None:
+        if self._reading is Reading.NOTHING:
+            super().on_message_begin()
+            self._reading = Reading.HEAD
+            self._head_bytes = 0
+
+    def on_url(self, url: bytes) -> None:
+        if self._reading is Reading.HEAD:
+            self._grow(len(url))
+            super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._grow(len(name) + len(value))
+        if self._reading is Reading.HEAD:  # a trailer is no header: it would change a request that is being answered
+            super().on_header(name, value)
+            if len(self.headers) > _HEADERS:
+                raise _head_too_large()
+
+    def on_headers_complete(self) -> None:
+        if self._reading is not Reading.HEAD:
+            return
+        if self.parser.get_method() == b"CONNECT" or self.parser.get_http_version() not in ("1.0", "1.1"):
+            raise MalformedRequest("the request is not of HTTP/1.1, or wants a proxy; send HTTP/1.1 with a path")
+        if len(self.pipeline) == _PIPELINED:
+            self.cycle.keep_alive = False  # its answer says that what came after it was not read
+            self._deaf = True
+            raise MalformedRequest("too many requests are pipelined")
+        super().on_headers_complete()
+        self._reading = Reading.BODY
+
+    def on_body(self, body: bytes) -> None:
+        self._held_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        if not self.parser.should_upgrade():  # else its body is still to come: see _stay
+            self._held_bytes = 0
+            self._reading = Reading.NOTHING
+            super().on_message_complete()
+
+    def _grow(self, size: int) -> None:
+        self._held_bytes = 0
+        self._head_bytes += size
+        if self._head_bytes > _HEAD_BYTES:
+            raise _head_too_large()
+
+    def _feed(self, data: bytes) -> None:
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._stay(data[upgrade.args[0] :])
+        except httptools.HttpParserError as error:
+            if not self._deaf:
+                ours = error.__context__
+                self._refuse(ours if isinstance(ours, ServiceError) else _malformed())
+
+    def _stay(self, rest: bytes) -> None:
+        """Ignore the wish for another protocol (Java's client has it of HTTP/2), and read on in this one.
+
+        The parser leaves out the body of such a request. Another one reads it, from a head that says how long it is.
+        """
+        self.parser = _new_parser(self)
+        framing = [b"%b: %b\r\n" % header for header in self.headers if header[0] in _FRAMING]
+        self._feed(b"".join((b"POST / HTTP/1.1\r\n", *framing, b"\r\n", rest)))
+
+    # What uvicorn calls for a request
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def on_response_complete(self) -> None:
+        self.server_state.total_requests += 1
+        if not self.transport.is_closing():
+            self.flow.resume_reading()
+            if self.pipeline:
+                self._start_asgi_task(*self.pipeline.pop())
+            elif self._refusal is not None:
+                self._say(self._refusal)
+        self._watch()
+
+    def answer_last(self) -> None:
+        """The answer that is being made, if one is, is the last on this connection."""
+        if self._running is not None:
+            self._running.keep_alive = False
+
+    # What ends a connection
+
+    @property
+    def _busy(self) -> bool:
+        cycle = self._running
+        return cycle is not None and not (cycle.response_complete or cycle.disconnected)
+
+    def _waits_for(self) -> Wait | None:
+        if self.transport.is_closing():
+            return Wait.LEAVE
+        if self._busy:
+            return None  # the client waits for us; time-outs of the body and of the work are the app's
+        if self._deaf:
+            return Wait.LINGER
+        if self._reading is Reading.BODY:
+            return Wait.BODY
+        if self._reading is Reading.HEAD or self._held_bytes:
+            return Wait.HEAD
+        return Wait.NEXT if self._running else Wait.START
+
+    def _watch(self) -> None:
+        """Have a timer run for what the client owes; it starts when that changes, never with a byte."""
+        wait = self._waits_for()
+        if wait is self._wait:
+            return
+        self._wait = wait
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self.loop.call_later(self._patience(wait), self._on_late) if wait else None
+
+    def _patience(self, wait: Wait) -> float:
+        if wait in (Wait.START, Wait.HEAD):
+            return self.wire.header_timeout
+        if wait is Wait.NEXT:
+            return self.timeout_keep_alive
+        return _LINGER_SECONDS if wait is Wait.LINGER else self.wire.body_timeout
+
+    def _on_late(self) -> None:
+        if self._wait is Wait.HEAD:
+            seconds = self.wire.header_timeout
+            self._refuse(RequestTimeout(f"the head of the request was not complete after {seconds:g} s; send it at once"))
+            self._watch()
+        elif self.transport.get_write_buffer_size():  # it would be closed only when the client has taken it all
+            self.transport.abort()
+        else:
+            self.transport.close()
+
+    def _turn_away(self) -> None:
+        self._deaf = True
+        if self.wire.turned_away == TURNED_AWAY:
+            self.transport.abort()
+            return
+        self._turned_away = True
+        self.wire.turned_away += 1
+        limit = self.wire.max_connections
+        self._say(NotReady(f"{limit} connections are open, which is the limit; try again later", retry_after=1))
+        self._watch()
+
+    def _refuse(self, error: ServiceError) -> None:
+        """End the connection with a refusal, after the answers to the requests before the one that is refused."""
+        self._deaf = True
+        self.flow.resume_reading()  # a large body may have paused it, and the end of the connection is to be seen
+        broken = self.cycle if self._reading is Reading.BODY else None
+        self.pipeline = type(self.pipeline)(queued for queued in self.pipeline if queued[0] is not broken)
+        if self._busy and self._running is not broken:
+            self._refusal = error
+        elif broken is not None and broken.response_started:
+            self.transport.close()
+        else:
+            if broken is not None:
+                _hang_up(broken)
+            self._say(error)
+
+    def _say(self, error: ServiceError) -> None:
+        """Send a refusal as the last thing. The client closes: closing on what it still sends would reset the connection,
+        and it would never see the refusal."""
+        response = self.wire.refuse(error)
+        headers = (*self.server_state.default_headers, *response.raw_headers, (b"connection", b"close"))
+        lines = (b"%b: %b\r\n" % header for header in headers)
+        self.transport.write(b"".join((STATUS_LINE[response.status_code], *lines, b"\r\n", response.body)))
+        self.transport.write_eof()
+
+
+def _new_parser(connection: Connection) -> httptools.HttpRequestParser:
+    parser = httptools.HttpRequestParser(connection)
+    parser.set_dangerous_leniencies(lenient_data_after_close=True)  # the first of several pipelined requests is answered
+    return parser
+
+
+def _hang_up(cycle: RequestResponseCycle) -> None:
+    """Tell the app that the client of a request is gone."""
+    if not cycle.response_complete:
+        cycle.disconnected = True
+    cycle.message_event.set()
+
+
+def _malformed() -> MalformedRequest:
+    return MalformedRequest("the request is not valid HTTP/1.1; send one that is")
+
+
+def _head_too_large() -> HeadTooLarge:
+    return HeadTooLarge(f"the head of the request has more than {_HEAD_BYTES} bytes or {_HEADERS} headers; send fewer")
