@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from app import logs
 from app.settings import Settings, SettingsError
 
 _KEEP_ALIVE = 75  # seconds: longer than proxies and pools keep a connection, so that it is never closed under a request
 _UNLIMITED = 2**40
+_NO_TELEMETRY = {"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}  # read by libraries, in the engine's process too
 _CHUNK = 512  # texts of a command in one submission
 # Nobody else waits for the encoder of a command.
 _ALONE = {
@@ -37,7 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = {name: options.pop(name) for name in Settings.model_fields if name in options}
     try:
         settings = Settings.read(os.environ, {name: value for name, value in flags.items() if value is not None})
-        logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+        logs.set_up(settings.log_level, settings.log_format)
+        os.environ.update(_NO_TELEMETRY)
         command(settings, **options)
     except KeyboardInterrupt:
         return 130
@@ -52,8 +55,12 @@ def serve(settings: Settings) -> None:
     sock = _listen(settings)
     import uvicorn  # once the port is known to be free: a refusal comes at once
 
+    from app.auth import Keys
     from app.main import create_app
     from app.service import Service
+    from app.traces import open_tracer
+
+    Keys(settings)  # a file without keys is refused before the model is loaded
 
     class Server(uvicorn.Server):
         """uvicorn's, but it says when it listens, and ends with exit code 0 after a signal: uvicorn would raise it again."""
@@ -78,7 +85,7 @@ def serve(settings: Settings) -> None:
 
     async def run(service: Service) -> None:
         config = uvicorn.Config(
-            create_app(settings, service),
+            create_app(settings, service, tracer),
             http="httptools",
             log_config=None,
             access_log=False,
@@ -89,7 +96,10 @@ def serve(settings: Settings) -> None:
         await Server(config, service).serve([sock])
 
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
-    _with_service(settings, run)
+    if settings.log_inputs:
+        logging.getLogger("bertd.request").warning("BERTD_LOG_INPUTS is on: the log will hold texts of clients")
+    with open_tracer(settings) as tracer:
+        _with_service(settings, run)
 
 
 def info(settings: Settings) -> None:

@@ -12,15 +12,18 @@ from starlette.types import ASGIApp, Scope
 
 from app.api import chunks, classify, dispatch, openai, ops, rerank, tei, vllm
 from app.api.json_route import DirectRoutes, JsonRoute
-from app.auth import RequireKey
+from app.auth import Keys, RequireKey
 from app.classification import Classification
 from app.compression import Compress
+from app.cors import cross_origin
 from app.errors import NotFound, ServiceError
 from app.metrics import Metrics
 from app.middleware import BodyLimit, CancelOnDisconnect, Observe, PlainPaths, Refuse, path_of
+from app.record import current_record
 from app.render import json_bytes
 from app.service import VERSION, Service, running_service
 from app.settings import Settings
+from app.traces import Tracer
 
 ROUTERS = (
     tei.router,
@@ -41,6 +44,8 @@ JSON_ROUTES = [
     if isinstance(route, JsonRoute) and route.methods == {"POST"} and not route.param_convertors
 ]
 
+# FastAPI's own, which environment variables switch on, sends the texts of exceptions and of invalid requests.
+_NO_TELEMETRY = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
 _DIALECTS: Mapping[str, Callable[[int, str, str], tuple[int, Mapping[str, Any]]]] = {
     "/v1/rerank": rerank.refusal,
     "/v2/rerank": rerank.refusal,
@@ -54,7 +59,7 @@ _DIALECTS: Mapping[str, Callable[[int, str, str], tuple[int, Mapping[str, Any]]]
 below every other path it is TEI's."""
 
 
-def create_app(settings: Settings, service: Service | None = None) -> ASGIApp:
+def create_app(settings: Settings, service: Service | None = None, tracer: Tracer | None = None) -> ASGIApp:
     """The whole server as an ASGI app. Its service starts and stops with it, unless one is handed in.
 
     Ours surrounds FastAPI's, and not the other way round: a refusal then costs as little as possible, and a JSON
@@ -70,10 +75,10 @@ def create_app(settings: Settings, service: Service | None = None) -> ASGIApp:
     app: ASGIApp = DirectRoutes(api, JSON_ROUTES, refuse)
     app = CancelOnDisconnect(app)
     app = BodyLimit(app, settings.max_body_bytes, refuse)
-    if settings.api_key is not None:
-        app = RequireKey(app, settings.api_key.get_secret_value(), refuse)
+    app = RequireKey(app, Keys(settings), settings.metrics_public, refuse)
     app = PlainPaths(Compress(app), settings.url_prefix or "", refuse)
-    return Observe(app, metrics, refuse)
+    allow = cross_origin(settings.origins)
+    return Observe(allow(app), metrics, lambda error, scope: allow(refuse(error, scope)), tracer, settings.log_inputs)
 
 
 def create_api(settings: Settings, metrics: Metrics, service: Service | None, refuse: Refuse) -> FastAPI:
@@ -96,7 +101,8 @@ def create_api(settings: Settings, metrics: Metrics, service: Service | None, re
         description="Text to BERT representations: token matrices, vectors, similarity, classes.",
         lifespan=lifespan,
         redoc_url=None,
-        swagger_ui_parameters={"tryItOutEnabled": True},
+        swagger_ui_parameters={"tryItOutEnabled": True, "validatorUrl": None},  # which would be on another host
+        telemetry=_NO_TELEMETRY,
         exception_handlers={ServiceError: on_service_error, HTTPException: _on_http_exception},
     )
     for router in ROUTERS:
@@ -121,5 +127,6 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
 
 def _answer(path: str, status: int, word: str, message: str, headers: Mapping[str, str]) -> Response:
     refuse = next((refuse for start, refuse in _DIALECTS.items() if path.startswith(start)), tei.refusal)
+    current_record().error = word
     status, body = refuse(status, word, message)
     return Response(json_bytes(body), status, headers, media_type="application/json")

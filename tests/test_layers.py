@@ -22,8 +22,8 @@ LEVELS = {
         {"runner"},
     ],
     "app": [
-        {"settings", "errors", "metrics", "render", "frames", "negotiation"},
-        {"engine", "compression", "classifiers", "fitting"},
+        {"settings", "errors", "metrics", "render", "frames", "negotiation", "record"},
+        {"engine", "compression", "classifiers", "fitting", "cors", "logs", "traces"},
         {"worker", "scheduler", "inputs"},
         {"service"},
         {"classification", "middleware"},
