@@ -1,34 +1,130 @@
-"""Who may ask: a key, compared in constant time, before the body is read."""
+"""Who may ask: keys, compared in constant time, before the body is read."""
 
+import hashlib
 import hmac
+import logging
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from app.errors import Unauthorized
+from app.errors import NotFound, ServiceError, Unauthorized
 from app.middleware import Refuse, path_of
+from app.settings import Settings, SettingsError, variable
 
-PUBLIC = ("/health", "/ready", "/metrics", "/docs", "/openapi.json", "/static-offline-docs/")
+log = logging.getLogger("bertd.auth")
+
+PUBLIC = ("/health", "/ready", "/docs", "/openapi.json", "/static-offline-docs/")
+
+_LOOK_SECONDS = 1.0  # between two looks at the file of keys
+
+Digest = bytes
+"""SHA-256 of a key: all have one length, so that comparing them tells nothing of a key's own."""
+
+
+class Keys:
+    """The keys that open the service: those of the settings, and those of a file, which is read again when it has changed."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Raises SettingsError where the file holds no keys, or the admin key is one of them."""
+        self._fixed = [_digest(key.encode()) for key in settings.api_keys]
+        self.admin = None if settings.admin is None else _digest(settings.admin.encode())
+        self._file = None if settings.api_key_file is None else Path(settings.api_key_file).expanduser()
+        self._state = _state(self._file)
+        self._filed = self._read() if self._file else []
+        self._next_look = time.monotonic() + _LOOK_SECONDS
+
+    def current(self) -> list[Digest]:
+        """The keys of this moment; none where none are asked for."""
+        if self._file and time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + _LOOK_SECONDS
+            self._look()
+        return self._fixed + self._filed
+
+    def _look(self) -> None:
+        state = _state(self._file)
+        if state == self._state:
+            return
+        self._state = state
+        try:
+            self._filed = self._read()
+        except SettingsError as error:
+            log.error("%s; until then the keys that were read before are good", error)
+        else:
+            log.info("read %d keys from %s", len(self._filed), self._file)
+
+    def _read(self) -> list[Digest]:
+        name = f"{variable('api_key_file')}: {self._file}"
+        try:
+            lines = Path(self._file or "").read_bytes().splitlines()
+        except OSError as error:
+            raise SettingsError(f"{name} can't be read ({error.strerror}); wanted a file with a key in each line") from None
+        keys = [_digest(key) for line in lines if (key := line.strip()) and not key.startswith(b"#")]
+        if not keys:
+            raise SettingsError(f"{name} holds no key; wanted one in each line")
+        if self.admin in keys:
+            raise SettingsError(f"{name} holds the admin key; wanted a key of its own for {variable('admin_key')}")
+        return keys
 
 
 class RequireKey:
-    """Refuses requests without `Authorization: Bearer KEY`, except on public paths."""
+    """Refuses requests without `Authorization: Bearer KEY`, except on public paths; those below /admin want the admin key.
 
-    def __init__(self, app: ASGIApp, key: str, refuse: Refuse) -> None:
+    Without an admin key there is nothing below /admin.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Keys, metrics_public: bool, refuse: Refuse) -> None:
         self._app = app
-        self._wanted = f"Bearer {key}".encode()
+        self._keys = keys
+        self._public = (*PUBLIC, "/metrics") if metrics_public else PUBLIC
         self._refuse = refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or _is_public(path_of(scope)) or self._knows_key(Headers(scope=scope)):
-            await self._app(scope, receive, send)
-            return
-        error = Unauthorized("the key is missing or wrong; send the header Authorization: Bearer KEY")
-        await self._refuse(error, scope)(scope, receive, send)
+        error = self._objection(scope) if scope["type"] == "http" else None
+        await (self._refuse(error, scope) if error else self._app)(scope, receive, send)
 
-    def _knows_key(self, headers: Headers) -> bool:
-        return hmac.compare_digest(headers.get("authorization", "").encode(), self._wanted)
+    def _objection(self, scope: Scope) -> ServiceError | None:
+        path = path_of(scope)
+        if _is_below(path, ("/admin", "/admin/")):
+            return self._admin_objection(scope)
+        if _is_below(path, self._public):
+            return None
+        return _missing("the key", scope, self._keys.current())
+
+    def _admin_objection(self, scope: Scope) -> ServiceError | None:
+        if self._keys.admin is not None:
+            return _missing("the admin key", scope, [self._keys.admin])
+        as_if_not_there = NotFound(f"{scope['method']} on this path: Not Found; see /docs")
+        return _missing("the key", scope, self._keys.current()) or as_if_not_there
 
 
-def _is_public(path: str) -> bool:
-    return any(path == public or (public.endswith("/") and path.startswith(public)) for public in PUBLIC)
+def _missing(what: str, scope: Scope, keys: Sequence[Digest]) -> Unauthorized | None:
+    """A refusal where keys are asked for and the request has none of them."""
+    if not keys:
+        return None
+    scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+    sent = _digest(key.strip().encode("latin-1"))  # the bytes as they came
+    good = [hmac.compare_digest(sent, known) for known in keys]  # each of them, whichever fits
+    if any(good) and scheme.lower() == "bearer":
+        return None
+    return Unauthorized(f"{what} is missing or wrong; send the header Authorization: Bearer KEY")
+
+
+def _is_below(path: str, places: Sequence[str]) -> bool:
+    return any(path == place or (place.endswith("/") and path.startswith(place)) for place in places)
+
+
+def _digest(key: bytes) -> Digest:
+    return hashlib.sha256(key).digest()
+
+
+def _state(file: Path | None) -> tuple[int, int, int] | None:
+    """What tells one version of a file from the next; None where it isn't there."""
+    try:
+        found = os.stat(file) if file else None
+    except OSError:
+        return None
+    return found and (found.st_ino, found.st_mtime_ns, found.st_size)

@@ -11,10 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from app import logs
 from app.settings import Settings, SettingsError
 
 _KEEP_ALIVE = 75  # seconds: longer than proxies and pools keep a connection, so that it is never closed under a request
 _UNLIMITED = 2**40
+_NO_TELEMETRY = {"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}  # read by libraries, in the engine's process too
 _CHUNK = 512  # texts of a command in one submission
 # Nobody else waits for the encoder of a command.
 _ALONE = {
@@ -34,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = {name: options.pop(name) for name in Settings.model_fields if name in options}
     try:
         settings = Settings.read(os.environ, {name: value for name, value in flags.items() if value is not None})
-        logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+        logs.set_up(settings.log_level, settings.log_format)
+        os.environ.update(_NO_TELEMETRY)
         command(settings, **options)
     except KeyboardInterrupt:
         return 130
@@ -49,10 +52,14 @@ def serve(settings: Settings) -> None:
     sock = _listen(settings)
     import uvicorn  # once the port is known to be free: a refusal comes at once
 
+    from app.auth import Keys
     from app.main import counted_refusal, create_app
     from app.server import Server, connection_limit
     from app.serving import Serving, running_serving
+    from app.traces import open_tracer
     from app.wire import Wire
+
+    Keys(settings)  # a file without keys is refused before the model is loaded
 
     limit = connection_limit(settings.max_connections)
 
@@ -60,7 +67,7 @@ def serve(settings: Settings) -> None:
         refuse = counted_refusal(serving.metrics)
         wire = Wire(settings.header_timeout, settings.body_timeout, limit, lambda error: refuse(error, {"path": ""}))
         config = uvicorn.Config(
-            create_app(settings, serving),
+            create_app(settings, serving, tracer),
             http=wire.protocol(),
             ws="none",
             log_config=None,
@@ -76,7 +83,10 @@ def serve(settings: Settings) -> None:
             raise Failure(f"stopped before {server.cut_off} requests were answered; give BERTD_GRACE_PERIOD more seconds")
 
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
-    _around(running_serving, settings, run)
+    if settings.log_inputs:
+        logging.getLogger("bertd.request").warning("BERTD_LOG_INPUTS is on: the log will hold texts of clients")
+    with open_tracer(settings) as tracer:
+        _around(running_serving, settings, run)
 
 
 def info(settings: Settings) -> None:

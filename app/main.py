@@ -10,15 +10,18 @@ from starlette.types import ASGIApp, Scope
 
 from app.api import admin, chunks, classify, dispatch, openai, ops, rerank, tei, vllm
 from app.api.json_route import DirectRoutes, JsonRoute
-from app.auth import RequireKey
+from app.auth import Keys, RequireKey
 from app.compression import Compress
+from app.cors import cross_origin
 from app.errors import NotFound, ServiceError
 from app.metrics import Metrics
 from app.middleware import BodyLimit, CancelOnDisconnect, Deadline, Door, Observe, PlainPaths, Refuse, path_of
+from app.record import current_record
 from app.render import json_bytes
 from app.service import VERSION
 from app.serving import EnterCurrent, Serving
 from app.settings import Settings
+from app.traces import Tracer
 
 ROUTERS = (
     tei.router,
@@ -40,6 +43,8 @@ JSON_ROUTES = [
     if isinstance(route, JsonRoute) and route.methods == {"POST"} and not route.param_convertors
 ]
 
+# FastAPI's own, which environment variables switch on, sends the texts of exceptions and of invalid requests.
+_NO_TELEMETRY = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
 _DIALECTS: Mapping[str, Callable[[int, str, str], tuple[int, Mapping[str, Any]]]] = {
     "/v1/rerank": rerank.refusal,
     "/v2/rerank": rerank.refusal,
@@ -53,7 +58,7 @@ _DIALECTS: Mapping[str, Callable[[int, str, str], tuple[int, Mapping[str, Any]]]
 below every other path it is TEI's."""
 
 
-def create_app(settings: Settings, serving: Serving) -> ASGIApp:
+def create_app(settings: Settings, serving: Serving, tracer: Tracer | None = None) -> ASGIApp:
     """The whole server as an ASGI app around a service that runs.
 
     Ours surrounds FastAPI's, and not the other way round: a refusal then costs as little as possible, and a JSON
@@ -65,11 +70,11 @@ def create_app(settings: Settings, serving: Serving) -> ASGIApp:
     app = Deadline(app, settings.request_timeout, refuse)
     app = CancelOnDisconnect(app, settings.body_timeout)
     app = BodyLimit(app, settings.max_body_bytes, refuse)
-    if settings.api_key is not None:
-        app = RequireKey(app, settings.api_key.get_secret_value(), refuse)
+    app = RequireKey(app, Keys(settings), settings.metrics_public, refuse)
     app = Door(Compress(app), serving.closing, serving.check_room, refuse)
     app = PlainPaths(app, settings.url_prefix or "", refuse)
-    return Observe(app, serving.metrics, refuse)
+    allow = cross_origin(settings.origins)
+    return Observe(allow(app), serving.metrics, lambda error, scope: allow(refuse(error, scope)), tracer, settings.log_inputs)
 
 
 def create_api(refuse: Refuse) -> FastAPI:
@@ -83,7 +88,8 @@ def create_api(refuse: Refuse) -> FastAPI:
         version=VERSION,
         description="Text to BERT representations: token matrices, vectors, similarity, classes.",
         redoc_url=None,
-        swagger_ui_parameters={"tryItOutEnabled": True},
+        swagger_ui_parameters={"tryItOutEnabled": True, "validatorUrl": None},  # which would be on another host
+        telemetry=_NO_TELEMETRY,
         exception_handlers={ServiceError: on_service_error, HTTPException: _on_http_exception},
     )
     for router in ROUTERS:
@@ -118,5 +124,6 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
 
 def _answer(path: str, status: int, word: str, message: str, headers: Mapping[str, str]) -> Response:
     refuse = next((refuse for start, refuse in _DIALECTS.items() if path.startswith(start)), tei.refusal)
+    current_record().error = word
     status, body = refuse(status, word, message)
     return Response(json_bytes(body), status, headers, media_type="application/json")

@@ -15,6 +15,7 @@ from app.engine import HIDDEN, SPARSE, Engine, EngineOptions
 from app.errors import EmptyInput, InvalidInput, NotReady, Overloaded, ServiceError, WrongKind
 from app.inputs import TOKENIZERS, Encoded, Encoding, Input, Item, Reader, Span, Token
 from app.metrics import Metrics
+from app.record import current_record
 from app.scheduler import Answer, Outcome, Scheduler
 from app.settings import Settings
 from model.config import Kind, ModelConfig, PoolingMode, transformer_folder, weight_files, with_article
@@ -446,8 +447,10 @@ class Service:
         self.metrics.texts.inc(stats.texts)
         self.metrics.tokens.inc(stats.tokens)
         self.metrics.truncated.inc(stats.truncated)
-        for stage in ("tokenize", "queue", "infer"):
-            self.metrics.stages[stage].observe(getattr(stats, stage))
+        stages = [(stage, getattr(stats, stage)) for stage in ("tokenize", "queue", "infer")]
+        for stage, seconds in stages:
+            self.metrics.stages[stage].observe(seconds)
+        current_record().encoded(stats.texts, stats.tokens, stats.truncated, stages)
         return stats
 
 

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, m
 
 PREFIX = "BERTD_"
 
+_ORIGIN = r"[a-z][a-z0-9+.-]*://[^/,\s*]+"
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 
 
@@ -58,20 +59,66 @@ class Settings(BaseModel):
     engine_timeout: float = Field(
         20.0, ge=1, description="seconds without a sign of life, while it works, after which the engine is ended and started anew"
     )
-    api_key: SecretStr | None = Field(None, description="key that clients send as `Authorization: Bearer KEY`")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
     header_timeout: float = Field(10.0, gt=0, description="seconds in which the head of a request must arrive")
     body_timeout: float = Field(
         30.0, gt=0, description="seconds in which a body must arrive, and in which a client must take more of an answer"
     )
     max_connections: int = Field(1000, ge=1, description="connections at once, where the process may have so many descriptors")
     grace_period: float = Field(30.0, ge=0, description="seconds that accepted requests get when the server stops")
+    api_key: SecretStr | None = Field(
+        None, description="keys that clients send as `Authorization: Bearer KEY`, comma-separated; default: nobody needs one"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
+    api_key_file: str | None = Field(
+        None, min_length=1, description="file with more such keys, one a line; it is read again when it changes"
+    )
+    admin_key: SecretStr | None = Field(
+        None, description="key of the routes below `/admin/`, which are not there without it; no API key opens them"
+    )
+    metrics_public: bool = Field(True, description="whether `/metrics` is answered without a key")
+    cors_origins: str | None = Field(
+        None,
+        pattern=rf"^(\*|{_ORIGIN}(,\s*{_ORIGIN})*)$",
+        description="origins whose web pages may use the server, comma-separated as `https://a.example,https://b.example`, "
+        "or `*` for all; default: none",
+    )
+    log_format: Literal["auto", "json", "text"] = Field(
+        "auto", description="json: an object a line; text: for eyes; auto: text on a terminal, else json"
+    )
+    log_inputs: bool = Field(
+        False, description="the line of a request holds the first 1000 characters of its body: texts of clients, in the log"
+    )
+    otlp_endpoint: str | None = Field(
+        None,
+        pattern=r"^https?://\S+$",
+        description="OpenTelemetry collector that gets traces over OTLP/HTTP, as `http://localhost:4318`; wants `bertd[otel]`",
+    )
 
     @model_validator(mode="after")
     def _refuse_contradictions(self) -> Self:
-        if self.api_key is not None and not self.api_key.get_secret_value().strip():
+        if self.api_key is not None and not self.api_keys:
             raise ValueError("api_key is empty; unset it or give a key")
+        if self.admin == "":
+            raise ValueError("admin_key is empty; unset it or give a key")
+        if self.admin in self.api_keys:
+            raise ValueError("admin_key is one of the API keys; give it a key of its own")
+        if not self.metrics_public and self.api_key is None and self.api_key_file is None:
+            raise ValueError("metrics_public is false and there is no key to ask for; set api_key or api_key_file")
         return self
+
+    @property
+    def api_keys(self) -> list[str]:
+        """The keys of `api_key`, without those of the file."""
+        return _parts(self.api_key.get_secret_value() if self.api_key else "")
+
+    @property
+    def admin(self) -> str | None:
+        """The admin key."""
+        return self.admin_key.get_secret_value().strip() if self.admin_key else None
+
+    @property
+    def origins(self) -> list[str]:
+        return _parts(self.cors_origins or "")
 
     @classmethod
     def read(cls, environment: Mapping[str, str], flags: Mapping[str, Any] | None = None) -> "Settings":
@@ -87,6 +134,11 @@ class Settings(BaseModel):
         except ValidationError as error:
             problems = (f"{variable(str(e['loc'][0])) if e['loc'] else 'settings'}: {e['msg']}" for e in error.errors())
             raise SettingsError("; ".join(problems)) from None
+
+
+def _parts(text: str) -> list[str]:
+    """What stands between commas."""
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 _SERVICE_LINK = re.compile(PREFIX + r"(SERVICE_HOST|SERVICE_PORT.*|PORT_\d+_.*)")

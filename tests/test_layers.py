@@ -22,8 +22,8 @@ LEVELS = {
         {"runner"},
     ],
     "app": [
-        {"settings", "errors", "metrics", "render", "frames", "negotiation", "lifeline"},
-        {"engine", "compression", "classifiers", "fitting", "wire"},
+        {"settings", "errors", "metrics", "render", "frames", "negotiation", "lifeline", "record"},
+        {"engine", "compression", "classifiers", "fitting", "wire", "cors", "logs", "traces"},
         {"worker", "scheduler", "inputs"},
         {"service"},
         {"classification", "middleware"},

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from app.api.fields import PerText
 from app.errors import NotAcceptable, ServiceError
 from app.negotiation import MediaType, media_type
+from app.record import current_record
 from app.render import base64_text, in_blocks, json_bytes, json_list, raw_rows, safetensors
 from app.service import Detail, Service, Stats
 from model.vectors import Array
@@ -113,13 +114,15 @@ def answer(
 
 def _observed(service: Service, blocks: Iterator[bytes]) -> Iterator[bytes]:
     """The same blocks; the time that it takes to make them is counted."""
-    seconds = 0.0
+    record, seconds = current_record(), 0.0
     start = time.perf_counter()
     for block in blocks:
         seconds += time.perf_counter() - start
         yield block
         start = time.perf_counter()
-    service.metrics.stages["render"].observe(seconds + time.perf_counter() - start)
+    seconds += time.perf_counter() - start
+    service.metrics.stages["render"].observe(seconds)
+    record.rendered(seconds)
 
 
 def number_list(array: Array, encoding_format: str | None) -> Array | str:

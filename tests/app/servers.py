@@ -49,10 +49,11 @@ class RunningServer:
 
 
 @contextmanager
-def running_server(exit_code: int = 0, **settings: object) -> Iterator[RunningServer]:
-    """A server on a free port, stopped by SIGTERM at the end; it must then exit with `exit_code`."""
+def running_server(exit_code: int = 0, stderr: int | None = None, **settings: object) -> Iterator[RunningServer]:
+    """A server on a free port, stopped by SIGTERM at the end; it must then exit with `exit_code`. Its log goes to `stderr`."""
     environment = os.environ | {f"BERTD_{name.upper()}": str(value) for name, value in settings.items()}
-    process = subprocess.Popen([*BERTD, "serve", "--port", "0"], env=environment, stdout=subprocess.PIPE, text=True)
+    command = [*BERTD, "serve", "--port", "0"]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True)
     lines = []
     while not lines or not lines[-1].startswith("try"):
         lines.append(process.stdout.readline())

@@ -2,8 +2,10 @@
 
 import os
 import signal
+import threading
 from itertools import pairwise
 
+import httpx
 import pytest
 from servers import Load, running_server, until
 
@@ -21,6 +23,10 @@ def link(tmp_path, make_checkpoint):
 def switch(link, folder):
     link.with_suffix(".new").symlink_to(folder)
     os.replace(link.with_suffix(".new"), link)
+
+
+def reload(server):
+    return httpx.post(f"{server.url}/admin/reload", headers={"authorization": "Bearer of an operator"}, timeout=60)
 
 
 def sha_of(server):
@@ -52,23 +58,36 @@ def test_no_request_fails_or_is_answered_half_by_one_model_and_half_by_the_other
         assert "bertd_engine_ready 1.0" in server.client.get("/metrics").text
 
 
-def test_a_checkpoint_that_cannot_be_served_leaves_the_old_one_serving(link, tmp_path, capfd):
-    with running_server(model=link) as server:
+def test_a_checkpoint_that_cannot_be_served_leaves_the_old_one_serving(link, tmp_path):
+    with running_server(model=link, admin_key="of an operator") as server:
         before = server.post("/embed", inputs=TEXTS).json()
         engines = server.children()
         switch(link, tmp_path)
-        server.process.send_signal(signal.SIGHUP)
-        said = ""
-
-        def has_said_why():
-            nonlocal said
-            said += capfd.readouterr().err
-            return "the one before it goes on" in said
-
-        until(has_said_why)
-        assert "config.json" in said
+        refused = reload(server)
+        assert refused.status_code == 424
+        assert refused.json()["error_type"] == "Backend"
+        assert "config.json" in refused.json()["error"]
+        assert "the one before it goes on" in refused.json()["error"]
         assert server.children() == engines
         assert server.post("/embed", inputs=TEXTS).json() == before
+
+
+def test_an_operator_reloads_over_http_once_at_a_time(link, make_checkpoint):
+    with running_server(model=link, admin_key="of an operator") as server:
+        assert server.client.post("/admin/reload").status_code == 401
+        first = sha_of(server)
+        switch(link, make_checkpoint(seed=2))
+        answers = []
+        operator = threading.Thread(target=lambda: answers.append(reload(server)))
+        operator.start()
+        until(lambda: len(server.children()) == 2)
+        refused = reload(server)
+        assert (refused.status_code, refused.json()["error_type"]) == (409, "Conflict")
+        operator.join()
+        (answer,) = answers
+        assert answer.status_code == 200, answer.text
+        assert answer.json().items() >= {"former_sha": first, "model_sha": sha_of(server), "kind": "embedder"}.items()
+        assert sha_of(server) != first
 
 
 def test_weights_that_are_not_numbers_are_never_served(tmp_path):

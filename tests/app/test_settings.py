@@ -22,6 +22,15 @@ def test_an_empty_variable_is_the_same_as_none():
         ({"BERTD_POOLING": "sum"}, "BERTD_POOLING"),
         ({"BERTD_REQUEST_TIMEOUT": "0"}, "BERTD_REQUEST_TIMEOUT"),
         ({"BERTD_API_KEY": "  "}, "api_key is empty"),
+        ({"BERTD_API_KEY": " , "}, "api_key is empty"),
+        ({"BERTD_ADMIN_KEY": " "}, "admin_key is empty"),
+        ({"BERTD_API_KEY": "a, b", "BERTD_ADMIN_KEY": "b"}, "admin_key is one of the API keys"),
+        ({"BERTD_METRICS_PUBLIC": "false"}, "there is no key to ask for"),
+        ({"BERTD_CORS_ORIGINS": "a.example"}, "BERTD_CORS_ORIGINS"),
+        ({"BERTD_CORS_ORIGINS": "https://a.example/"}, "BERTD_CORS_ORIGINS"),
+        ({"BERTD_CORS_ORIGINS": "*, https://a.example"}, "BERTD_CORS_ORIGINS"),
+        ({"BERTD_OTLP_ENDPOINT": "collector:4318"}, "BERTD_OTLP_ENDPOINT"),
+        ({"BERTD_LOG_FORMAT": "xml"}, "BERTD_LOG_FORMAT"),
         ({"BERTD_URL_PREFIX": "api"}, "BERTD_URL_PREFIX"),
         ({"BERTD_URL_PREFIX": "/api/"}, "BERTD_URL_PREFIX"),
         ({"BERTD_URL_PREFIX": "/a//b"}, "BERTD_URL_PREFIX"),
@@ -46,7 +55,17 @@ def test_variables_that_kubernetes_sets_for_a_service_of_our_name_are_not_ours()
 
 
 def test_a_key_is_not_shown():
-    assert "secret" not in repr(Settings.read({"BERTD_API_KEY": "secret"}))
+    keys = {"BERTD_API_KEY": "secret", "BERTD_ADMIN_KEY": "secretive"}
+    assert "secret" not in repr(Settings.read(keys))
+    with pytest.raises(SettingsError) as refused:
+        Settings.read({"BERTD_API_KEY": "secret", "BERTD_ADMIN_KEY": "secret"})
+    assert "secret" not in str(refused.value)
+
+
+def test_lists_are_parted_at_commas():
+    settings = Settings.read({"BERTD_API_KEY": "a, b,,", "BERTD_CORS_ORIGINS": "https://a.example, http://localhost:3000"})
+    assert settings.api_keys == ["a", "b"]
+    assert settings.origins == ["https://a.example", "http://localhost:3000"]
 
 
 def test_every_option_has_a_help():
