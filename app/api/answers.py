@@ -2,7 +2,7 @@
 
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from typing import Annotated, Any
 
@@ -14,8 +14,8 @@ from app.api.fields import PerText
 from app.errors import NotAcceptable, ServiceError
 from app.negotiation import MediaType, media_type
 from app.render import base64_text, in_blocks, json_bytes, json_list, raw_rows, safetensors
-from app.service import Detail, Service, Stats
-from model.vectors import Array
+from app.service import Service, Stats
+from model.vectors import Array, FloatArray
 
 
 class ErrorBody(BaseModel):
@@ -150,15 +150,16 @@ def usage_of(stats: Stats) -> dict[str, int]:
     return {"prompt_tokens": stats.tokens, "total_tokens": stats.tokens}
 
 
-def vllm_list(what: str, data: list[dict[str, Any]], service: Service, stats: Stats) -> dict[str, Any]:
-    """What vLLM puts around the results of each of its routes."""
+def vllm_list(what: str, data: Iterable[Any], service: Service, stats: Stats, query: PerText) -> dict[str, Any]:
+    """What vLLM puts around the results of each of its routes; with `details` also a word on each text."""
     return {
         "id": f"{what}-{uuid.uuid4().hex}",
         "object": "list",
         "created": int(time.time()),
         "model": service.name,
-        "data": data,
+        "data": list(data),
         "usage": usage_of(stats),
+        **detail_field(stats, query),
     }
 
 
@@ -172,11 +173,29 @@ def check_json_only(query: PerText, accepted: MediaType) -> None:
         raise NotAcceptable(f"details and partial have no place in {accepted}; send Accept: application/json, or neither")
 
 
-def in_places(results: Iterable[Any], details: Sequence[Detail]) -> Iterable[Any]:
-    """The result of each text, or the error that stands in its place."""
-    if not any(detail.error for detail in details):
+ErrorItem = Callable[[int, ServiceError], Any]
+"""What stands in the place of a text that failed."""
+
+
+def in_places(
+    results: Iterable[Any],
+    errors: Sequence[ServiceError | None],
+    item: ErrorItem = lambda place, error: error_body(error),
+) -> Iterable[Any]:
+    """The result of each text, or what stands in its place where it failed."""
+    if not any(errors):
         return results
-    return [error_body(detail.error) if detail.error else result for result, detail in zip(results, details, strict=True)]
+    return [item(place, error) if error else result for place, (result, error) in enumerate(zip(results, errors, strict=True))]
+
+
+def best_first(scores: FloatArray, errors: Sequence[ServiceError | None]) -> list[int]:
+    """Places by their score [N], the highest first and of equals the first, without those that failed."""
+    return [place for place in (-scores).argsort(kind="stable").tolist() if errors[place] is None]
+
+
+def failed_last(results: Iterable[Any], errors: Sequence[ServiceError | None], item: ErrorItem) -> list[Any]:
+    """Results that are sorted, so that no place is left for what failed: it comes after them, in order."""
+    return [*results, *(item(place, error) for place, error in enumerate(errors) if error)]
 
 
 def with_details(name: str, results: Iterable[Any], stats: Stats, query: PerText) -> Iterator[bytes]:
@@ -187,6 +206,11 @@ def with_details(name: str, results: Iterable[Any], stats: Stats, query: PerText
     yield b'{"%b":' % name.encode()
     yield from json_list(results)
     yield b',"details":' + json_bytes(details_of(stats)) + b"}"
+
+
+def detail_field(stats: Stats, query: PerText) -> dict[str, Any]:
+    """`details` beside the results, in an answer that is an object anyway."""
+    return {"details": details_of(stats)} if query.details else {}
 
 
 def details_of(stats: Stats) -> list[dict[str, Any]]:

@@ -50,7 +50,7 @@ async def embed_chunks(request: EmbedChunksRequest, service: ServiceOf, query: P
         late=bool(request.late),
     )
     chunks, stats = await service.embed_chunks(texts, options)
-    results = in_places([[_described(chunk) for chunk in its] for its in chunks], stats.details)
+    results = in_places([[_described(chunk) for chunk in its] for its in chunks], stats.errors)
     return answer(service, with_details("chunks", results, stats, query), headers_of(stats))
 
 

@@ -1,22 +1,22 @@
 """Classification in vLLM's shape, and the classifiers that are fitted over HTTP."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Request, Response
-from pydantic import BaseModel, Discriminator, Field, StrictBool, StrictStr, Tag
+from pydantic import BaseModel, Discriminator, Field, StrictStr, Tag
 from typing_extensions import TypedDict
 
-from app.api.answers import ErrorBody, Usage, errors, json_answer, vllm_list
-from app.api.fields import HABITS, Inputs, as_list
+from app.api.answers import ErrorBody, TextDetail, Usage, error_body, errors, in_places, json_answer, vllm_list
+from app.api.fields import Inputs, Overflow, PerText, PerTextQuery, as_list
 from app.api.json_route import JsonRoute, ServiceOf
 from app.classification import Classification, Classified, Example
 from app.classifiers import Card
 from app.errors import EmptyInput, InvalidInput
+from app.inputs import Input
 from app.render import json_bytes
 from app.service import Embedding, Scoring, Service
 from model.config import PoolingMode
-from model.vectors import FloatArray
 
 
 def classification_of(request: Request) -> Classification:
@@ -45,7 +45,7 @@ classifiers = APIRouter(tags=["classify"], responses=_ERRORS)  # the routes with
 _WAYS = "wanted either classifier, the name of one that PUT /classifiers/{name} fitted, or labels, the names to choose from"
 
 
-class Space(BaseModel):
+class Space(Overflow):
     """Which vectors a text is told by; null is the same as absent."""
 
     pooling: PoolingMode | None = Field(None, description="default: the checkpoint's own")
@@ -63,11 +63,10 @@ class FitRequest(Space):
 
 
 class ChoiceRequest(Space):
-    input: StrictStr | list[StrictStr]
+    input: Inputs
     classifier: StrictStr | None = Field(None, description="the name of a classifier that was fitted on examples")
     labels: list[StrictStr] | None = Field(None, description="names of labels to choose from without examples")
     template: StrictStr | None = Field(None, description="what stands around a label's name, as {}; default: nothing")
-    truncate: StrictBool | None = Field(None, description="false refuses a text that is too long; default: cut it")
 
 
 class HeadRequest(BaseModel):
@@ -88,14 +87,21 @@ class Class(BaseModel):
     num_classes: int
 
 
+class Unclassified(ErrorBody):
+    """A text that failed, with `partial`."""
+
+    index: int
+
+
 class ClassifyBody(BaseModel):
     id: str
     object: Literal["list"]
     created: int
     model: str
-    labels: list[str] | None = Field(None, description="the order of probs; a checkpoint's own labels are in /info")
-    data: list[Class]
+    labels: list[str] = Field(description="the order of probs")
+    data: list[Class | Unclassified]
     usage: Usage
+    details: list[TextDetail] | None = None
 
 
 class ClassifierBody(Card):
@@ -126,31 +132,37 @@ class DeletedBody(BaseModel):
 
 
 @router.post("/classify", response_model=ClassifyBody)
-async def classify(request: ClassifyRequest, service: ServiceOf, classification: ClassificationOf) -> Response:
+async def classify(
+    request: ClassifyRequest, service: ServiceOf, classification: ClassificationOf, query: PerTextQuery
+) -> Response:
     """The probability of each label: by a fitted classifier, by the labels' names, or by the head of the checkpoint."""
+    inputs = as_list(request.input)
     if isinstance(request, HeadRequest):
-        return await _by_head(request, service)
-    texts = [request.input] if isinstance(request.input, str) else request.input
-    answer = await _classified(request, texts, classification)
-    body = vllm_list("classify", _classes(answer.labels, answer.probabilities), service, answer.stats)
-    return json_answer(service, {**body, "labels": answer.labels}, answer.stats)
+        found = await _by_head(inputs, service, query)
+    else:
+        found = await _by_choice(inputs, request, classification, query)
+    errors = found.stats.errors
+    classes = in_places(_classes(found), errors, lambda place, error: {"index": place, **error_body(error)})
+    body = vllm_list("classify", classes, service, found.stats, query)
+    return json_answer(service, {**body, "labels": found.labels}, found.stats)
 
 
-async def _by_head(request: HeadRequest, service: Service) -> Response:
+async def _by_head(inputs: Sequence[Input], service: Service, query: PerText) -> Classified:
     if service.config.kind == "embedder":
         raise InvalidInput(_WAYS)
-    scores, stats = await service.predict(as_list(request.input), Scoring())
-    return json_answer(service, vllm_list("classify", _classes(service.config.labels, scores), service, stats), stats)
+    return Classified(service.config.labels, *await service.predict(inputs, Scoring(partial=query.partial)))
 
 
-async def _classified(request: ChoiceRequest, texts: Sequence[str], classification: Classification) -> Classified:
+async def _by_choice(
+    inputs: Sequence[Input], request: ChoiceRequest, classification: Classification, query: PerText
+) -> Classified:
     """By whichever of the ways the request names."""
-    options = Embedding(on_overflow=HABITS.get(request.truncate), pooling=request.pooling, prompt_name=request.prompt_name)
+    options = Embedding(request.habit, prompt_name=request.prompt_name, partial=query.partial, pooling=request.pooling)
     if request.classifier is not None and request.labels is None and request.template is None:
-        return await classification.classify(request.classifier, texts, options)
+        return await classification.classify(request.classifier, inputs, options)
     if request.classifier is None and request.labels is not None:
         template = "{}" if request.template is None else request.template
-        return await classification.classify_by_names(texts, request.labels, template, options)
+        return await classification.classify_by_names(inputs, request.labels, template, options)
     raise InvalidInput(_WAYS)
 
 
@@ -160,7 +172,7 @@ async def fit(request: FitRequest, classification: ClassificationOf, name: str) 
     if not request.examples:
         raise EmptyInput("examples is empty; wanted 2 or more")
     examples = [Example(**example) for example in request.examples]
-    options = Embedding(pooling=request.pooling, prompt_name=request.prompt_name)
+    options = Embedding(request.habit, prompt_name=request.prompt_name, pooling=request.pooling)
     outcome = await classification.fit(name, examples, options, balanced=request.class_weight == "balanced")
     body = {**_described(name, outcome.card, None), "seconds": round(outcome.seconds, 3)}
     return _json(body, {"x-truncated": str(outcome.card.truncated)})
@@ -190,12 +202,11 @@ def _described(name: str, card: Card | None, problem: str | None) -> dict[str, A
     return {"name": name, "usable": problem is None, "problem": problem, **known}
 
 
-def _classes(labels: Sequence[str], rows: FloatArray) -> list[dict[str, Any]]:
-    """The most probable label of each row [N, labels], and the row."""
-    return [
-        {"index": index, "label": labels[best], "probs": row, "num_classes": len(labels)}
-        for index, (row, best) in enumerate(zip(rows, rows.argmax(axis=1), strict=True))
-    ]
+def _classes(found: Classified) -> Iterator[dict[str, Any]]:
+    """The most probable label of each row, and the row."""
+    rows = found.probabilities
+    for index, (row, best) in enumerate(zip(rows, rows.argmax(axis=1), strict=True)):
+        yield {"index": index, "label": found.labels[best], "probs": row, "num_classes": len(found.labels)}
 
 
 def _json(value: Any, headers: Mapping[str, str] | None = None) -> Response:

@@ -5,10 +5,12 @@ from http import HTTPStatus
 from typing import Any, Literal
 
 from fastapi import APIRouter, Response
-from pydantic import BaseModel, StrictStr
+from pydantic import BaseModel, Field, StrictStr
 
-from app.api.answers import Usage, errors, json_answer, vllm_list
+from app.api.answers import TextDetail, Usage, errors, in_places, json_answer, vllm_list
+from app.api.fields import PerTextQuery
 from app.api.json_route import JsonRoute, ServiceOf
+from app.errors import ServiceError
 from app.service import Scoring
 
 
@@ -50,20 +52,32 @@ class Score(BaseModel):
     score: float
 
 
+class Unscored(ErrorBody):
+    """A pair that failed, with `partial`."""
+
+    index: int
+    object: Literal["error"]
+
+
 class Scores(BaseModel):
     id: str
     object: Literal["list"]
     created: int
     model: str
-    data: list[Score]
+    data: list[Score | Unscored]
     usage: Usage
+    details: list[TextDetail] | None = Field(None, description="of each pair; with an embedder of each text, text_1 first")
 
 
 @router.post("/score", response_model=Scores)
 @router.post("/v1/score", response_model=Scores)
-async def score(request: ScoreRequest, service: ServiceOf) -> Response:
+async def score(request: ScoreRequest, service: ServiceOf, query: PerTextQuery) -> Response:
     """How well texts go together, one with one, one with many, or pair by pair; with an embedder, their cosine."""
     a, b = ([texts] if isinstance(texts, str) else texts for texts in (request.text_1, request.text_2))
-    scores, stats = await service.score(a, b, Scoring())
-    data = [{"index": place, "object": "score", "score": score} for place, score in enumerate(scores)]
-    return json_answer(service, vllm_list("score", data, service, stats), stats)
+    scores, errors, stats = await service.score(a, b, Scoring(partial=query.partial))
+    data = ({"index": place, "object": "score", "score": score} for place, score in enumerate(scores))
+    return json_answer(service, vllm_list("score", in_places(data, errors, _unscored), service, stats, query), stats)
+
+
+def _unscored(place: int, error: ServiceError) -> dict[str, Any]:
+    return {"index": place, "object": "error", **refusal(error.status, error.word, error.message)[1]}

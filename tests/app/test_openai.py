@@ -75,6 +75,16 @@ def test_both_dialects_give_the_same_vectors_and_headers(server, path, inputs):
     assert response.headers["x-compute-tokens"] == "259"
 
 
+def test_details_and_errors_have_no_place_in_arrays(server):
+    for query in ("details=true", "partial=true"):
+        headers = {"accept": "application/octet-stream"}
+        assert_refused(server.client.post(f"/v1/embeddings?{query}", json={"input": "a"}, headers=headers), 400, "no place in")
+
+
+def test_partial_does_not_excuse_ids_of_another_vocabulary(server):
+    assert_refused(server.client.post("/v1/embeddings?partial=true", json={"input": ["a", FOREIGN]}), 400, "check_embedding")
+
+
 def test_the_answer_is_what_the_api_has(server):
     answer = server.post("/embeddings", input=["hello", "world of words"], model="anything", user="me", modality="text").json()
     assert answer["object"] == "list"
