@@ -24,6 +24,7 @@ from app.settings import Settings
 
 ROUTERS = (
     tei.router,
+    tei.tokenizer_router,
     chunks.router,
     openai.router,
     openai.model_router,
@@ -32,6 +33,7 @@ ROUTERS = (
     classify.router,
     classify.classifiers,
     dispatch.router,
+    dispatch.rerankers,
     ops.router,
 )
 JSON_ROUTES = [

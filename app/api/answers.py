@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 from fastapi import Depends, Request, Response
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel
 
 from app.api.fields import PerText
 from app.errors import NotAcceptable, ServiceError
@@ -16,60 +15,6 @@ from app.negotiation import MediaType, media_type
 from app.render import base64_text, in_blocks, json_bytes, json_list, raw_rows, safetensors
 from app.service import Service, Stats
 from model.vectors import Array, FloatArray
-
-
-class ErrorBody(BaseModel):
-    """Every refusal on these routes; with `partial`, also what stands in the place of a bad text."""
-
-    error: str
-    error_type: str
-
-
-class Usage(BaseModel):
-    """Tokens as they were encoded, special ones included."""
-
-    prompt_tokens: int
-    total_tokens: int
-
-
-class TextDetail(BaseModel):
-    """What was done to a text, with `details`."""
-
-    tokens: int
-    truncated: bool
-    pieces: int
-
-
-_REFUSED: Mapping[int | str, str | None] = {
-    400: "an input is empty",
-    401: "the key is missing or wrong",
-    413: "the body is too large, or its texts have too many tokens",
-    422: "the request is invalid",
-    424: "the model is of another kind",
-    429: "overloaded; Retry-After says when to come back",
-    500: "the encoder failed",
-    503: "not ready; Retry-After says when to come back",
-    504: "the deadline passed",
-}
-
-
-def errors(body: type[BaseModel], changed: Mapping[int | str, str | None] | None = None) -> dict[int | str, dict[str, Any]]:
-    """What FastAPI's page says of refusals in that shape; what is `changed` to None does not occur."""
-    described = {**_REFUSED, **(changed or {})}
-    return {status: {"model": body, "description": text} for status, text in described.items() if text is not None}
-
-
-ERRORS = errors(ErrorBody)
-
-BINARY: dict[int | str, dict[str, Any]] = {
-    200: {
-        "content": {
-            name: {"schema": {"type": "string", "format": "binary"}}
-            for name in ("application/octet-stream", "application/safetensors")
-        }
-    }
-}
-"""What FastAPI's page says of routes that answer in arrays."""
 
 
 def _accepted(request: Request) -> MediaType:

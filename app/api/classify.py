@@ -7,9 +7,10 @@ from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BaseModel, Discriminator, Field, StrictStr, Tag
 from typing_extensions import TypedDict
 
-from app.api.answers import ErrorBody, TextDetail, Usage, error_body, errors, in_places, json_answer, vllm_list
-from app.api.fields import Inputs, Overflow, PerText, PerTextQuery, as_list
+from app.api.answers import error_body, in_places, json_answer, vllm_list
+from app.api.fields import Inputs, Overflow, PerText, PerTextQuery, as_list, examples
 from app.api.json_route import JsonRoute, ServiceOf
+from app.api.responses import ANSWERED, ANYWHERE, CUT, ENCODED, READ, ErrorBody, Responses, TextDetail, Usage, errors
 from app.classification import Classification, Classified, Example
 from app.classifiers import Card
 from app.errors import EmptyInput, InvalidInput
@@ -28,19 +29,13 @@ def classification_of(request: Request) -> Classification:
 ClassificationOf = Annotated[Classification, Depends(classification_of)]
 
 
-_ERRORS = errors(
-    ErrorBody,
-    {
-        404: "no classifier has this name",
-        409: "the classifier is broken or belongs to other vectors, or the name is taken in another case",
-        500: "the encoder or the fit failed",
-        507: "the folder of classifiers can't be written",
-    },
+router = APIRouter(tags=["classify"], responses=errors(ErrorBody, ANYWHERE, READ), route_class=JsonRoute)
+classifiers = APIRouter(tags=["classify"], responses=errors(ErrorBody, ANYWHERE))  # the routes without a body
+
+
+_FITTED: Responses = CUT | errors(
+    ErrorBody, [409, 424, 500, 503, 507], changed={500: "the encoder or the fit failed, or the server has a defect"}
 )
-
-router = APIRouter(tags=["classify"], responses=_ERRORS, route_class=JsonRoute)
-classifiers = APIRouter(tags=["classify"], responses=_ERRORS)  # the routes without a body
-
 
 _WAYS = "wanted either classifier, the name of one that PUT /classifiers/{name} fitted, or labels, the names to choose from"
 
@@ -58,11 +53,15 @@ class ExampleBody(TypedDict):
 
 
 class FitRequest(Space):
+    model_config = examples({"examples": [{"text": "so happy", "label": "good"}, {"text": "how sad", "label": "bad"}]})
+
     examples: list[ExampleBody] = Field(description="2 to 100,000, of 2 to 1,000 labels")
     class_weight: Literal["balanced"] | None = Field(None, description="balanced: rare labels weigh as much as frequent ones")
 
 
 class ChoiceRequest(Space):
+    model_config = examples({"input": "Where is my parcel?", "labels": ["billing", "delivery"]})
+
     input: Inputs
     classifier: StrictStr | None = Field(None, description="the name of a classifier that was fitted on examples")
     labels: list[StrictStr] | None = Field(None, description="names of labels to choose from without examples")
@@ -70,6 +69,8 @@ class ChoiceRequest(Space):
 
 
 class HeadRequest(BaseModel):
+    model_config = examples({"input": ["a good film"]})
+
     input: Inputs
 
 
@@ -131,7 +132,7 @@ class DeletedBody(BaseModel):
     deleted: Literal[True]
 
 
-@router.post("/classify", response_model=ClassifyBody)
+@router.post("/classify", response_model=ClassifyBody, responses=ANSWERED | errors(ErrorBody, ENCODED, [404, 409]))
 async def classify(
     request: ClassifyRequest, service: ServiceOf, classification: ClassificationOf, query: PerTextQuery
 ) -> Response:
@@ -166,7 +167,7 @@ async def _by_choice(
     raise InvalidInput(_WAYS)
 
 
-@router.put("/classifiers/{name}", response_model=FittedBody)
+@router.put("/classifiers/{name}", response_model=FittedBody, responses=_FITTED)
 async def fit(request: FitRequest, classification: ClassificationOf, name: str) -> Response:
     """Fit a classifier on examples and keep it under a name, in the place of the one that has it. No deadline applies."""
     if not request.examples:
@@ -184,13 +185,13 @@ async def list_classifiers(classification: ClassificationOf) -> Response:
     return _json({"classifiers": [_described(*known) for known in classification.known()]})
 
 
-@classifiers.get("/classifiers/{name}", response_model=ClassifierBody | BrokenBody)
+@classifiers.get("/classifiers/{name}", response_model=ClassifierBody | BrokenBody, responses=errors(ErrorBody, [404, 422]))
 async def get_classifier(name: str, classification: ClassificationOf) -> Response:
     """What is known of a classifier."""
     return _json(_described(name, *classification.problem(name)))
 
 
-@classifiers.delete("/classifiers/{name}", response_model=DeletedBody)
+@classifiers.delete("/classifiers/{name}", response_model=DeletedBody, responses=errors(ErrorBody, [404, 422, 507]))
 async def delete_classifier(name: str, classification: ClassificationOf) -> Response:
     """Forget a classifier."""
     await classification.delete(name)

@@ -3,26 +3,28 @@
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Response
-from pydantic import BaseModel, Discriminator, Tag, ValidationError
+from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError
 
 from app.api import rerank, tei
-from app.api.answers import ERRORS, Accepted, ErrorBody
+from app.api.answers import Accepted
 from app.api.fields import PerTextQuery
 from app.api.json_route import JsonRoute, ServiceOf, describe
+from app.api.responses import ANSWERED, ANYWHERE, BINARY, ENCODED, READ, ErrorBody, errors
 from app.errors import InvalidInput
 from model.config import Kind
 
-router = APIRouter(tags=["embed"], responses=ERRORS, route_class=JsonRoute)
+router = APIRouter(tags=["embed"], responses=BINARY | errors(ErrorBody, ANYWHERE, READ, ENCODED, [406]), route_class=JsonRoute)
+
+rerankers = APIRouter(tags=["rerank"], responses=ANSWERED | errors(ErrorBody, ANYWHERE, READ, ENCODED), route_class=JsonRoute)
 
 RerankRequest = Annotated[
     Annotated[tei.RerankRequest, Tag("of TEI")] | Annotated[rerank.DocumentsRequest, Tag("of Cohere")],
     Discriminator(lambda body: "of Cohere" if isinstance(body, dict) and "documents" in body else "of TEI"),
 ]
-Body = dict[str, Any]
+Body = Annotated[dict[str, Any], Field(examples=[{"inputs": ["hello"]}])]
 Ranked = list[tei.Rank | tei.Unranked] | tei.Ranks
 Answer = (
-    list[tei.Vector | ErrorBody]
-    | list[str | ErrorBody]
+    tei.Vectors
     | tei.Embeddings
     | tei.Scores
     | tei.ScoresWithDetails
@@ -34,7 +36,7 @@ Answer = (
 )
 
 
-@router.post("/rerank", response_model=Ranked | rerank.Results)
+@rerankers.post("/rerank", response_model=Ranked | rerank.Results)
 async def reranked(request: RerankRequest, service: ServiceOf, query: PerTextQuery) -> Response:
     """The texts by how well they answer the query, the best first; with `documents` in place of `texts`, as /v1/rerank."""
     if isinstance(request, rerank.DocumentsRequest):

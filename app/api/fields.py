@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from fastapi import Query
-from pydantic import BaseModel, BeforeValidator, Field, StrictBool, StrictInt, StrictStr
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
 from app.inputs import Input
 from app.settings import OnOverflow
@@ -18,6 +18,11 @@ Side = Annotated[Literal["left", "right"], BeforeValidator(lambda side: side.low
 
 HABITS: Mapping[bool | None, OnOverflow] = {True: "truncate", False: "error"}
 """What TEI's `truncate` says; null leaves it to the server."""
+
+
+def examples(*bodies: dict[str, Any]) -> ConfigDict:
+    """Bodies that FastAPI's page shows for a request; each is answered by a model of the right kind."""
+    return ConfigDict(json_schema_extra={"examples": list(bodies)})
 
 
 class PerText(BaseModel):

@@ -7,22 +7,19 @@ from fastapi import APIRouter, Response
 from pydantic import BaseModel, Field, StrictInt, StrictStr
 
 from app.api.answers import (
-    BINARY,
     Accepted,
-    TextDetail,
-    Usage,
     answer,
     array_answer,
     check_json_only,
     detail_field,
-    errors,
     headers_of,
     in_places,
     number_list,
     usage_of,
 )
-from app.api.fields import Inputs, Output, PerTextQuery, as_list
+from app.api.fields import Inputs, Output, PerTextQuery, as_list, examples
 from app.api.json_route import JsonRoute, ServiceOf
+from app.api.responses import ANYWHERE, BINARY, TextDetail, Usage, errors
 from app.errors import InvalidInput, NotFound, ServiceError
 from app.inputs import Input
 from app.render import json_bytes, json_list
@@ -52,11 +49,18 @@ class ErrorEnvelope(BaseModel):
 
 _ERRORS = errors(
     ErrorEnvelope,
-    {400: "the request is invalid, or the model of another kind", 422: None, 424: None, "default": "any other refusal"},
+    ANYWHERE,
+    [400, 429, 503, 504, "default"],
+    changed={400: "the request is invalid, or the model of another kind"},
 )
 
 
 class EmbeddingRequest(Output):
+    model_config = examples(
+        {"input": ["hello", "world"], "encoding_format": "float"},
+        {"input": "hello", "encoding_format": "base64", "dimensions": 16},
+    )
+
     input: Inputs
     model: StrictStr | None = Field(None, description="of no effect: one model is served, and answers name it")
     dimensions: StrictInt | None = Field(None, description="keep this many numbers, then normalise; 0 is the same as null")
@@ -99,7 +103,7 @@ class ModelList(BaseModel):
 
 
 router = APIRouter(tags=["openai"], responses=_ERRORS, route_class=JsonRoute)
-model_router = APIRouter(tags=["openai"], responses=_ERRORS)
+model_router = APIRouter(tags=["openai"], responses=errors(ErrorEnvelope, ANYWHERE, ["default"]))
 
 
 @router.post("/embeddings", include_in_schema=False)
@@ -131,7 +135,7 @@ async def models(service: ServiceOf) -> ModelList:
 
 
 @model_router.get("/models/{name:path}", include_in_schema=False)
-@model_router.get("/v1/models/{name:path}")
+@model_router.get("/v1/models/{name:path}", responses=errors(ErrorEnvelope, [404]))
 async def model(name: str, service: ServiceOf) -> Model:
     """The model of that name."""
     if name.strip("/") != service.name.strip("/"):

@@ -7,14 +7,15 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Response
 from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr
 
-from app.api.answers import TextDetail, Usage, best_first, detail_field, errors, failed_last, json_answer, usage_of
-from app.api.fields import PerText, PerTextQuery
+from app.api.answers import best_first, detail_field, failed_last, json_answer, usage_of
+from app.api.fields import PerText, PerTextQuery, examples
 from app.api.json_route import JsonRoute, ServiceOf
+from app.api.responses import ANSWERED, ANYWHERE, ENCODED, READ, TextDetail, Usage, errors
 from app.errors import ServiceError
 from app.service import Scoring, Service
 
 
-class ErrorBody(BaseModel):
+class RerankError(BaseModel):
     """Every refusal on these routes."""
 
     message: str
@@ -26,9 +27,11 @@ def refusal(status: int, word: str, message: str) -> tuple[int, Mapping[str, Any
     return status, {"message": message, "error_type": word}
 
 
-_ERRORS = errors(ErrorBody, {400: "the query or a document is empty", 424: "the model is no reranker"})
+_SAID: Mapping[int | str, str] = {400: "the query or a document is empty", 424: "the model is no reranker"}
 
-router = APIRouter(tags=["rerank"], responses=_ERRORS, route_class=JsonRoute)
+router = APIRouter(
+    tags=["rerank"], responses=ANSWERED | errors(RerankError, ANYWHERE, READ, ENCODED, changed=_SAID), route_class=JsonRoute
+)
 
 Positive = Annotated[StrictInt, Field(ge=1)]
 
@@ -38,6 +41,8 @@ class Document(BaseModel):
 
 
 class DocumentsRequest(BaseModel):
+    model_config = examples({"query": "a fruit", "documents": ["apple", {"text": "car"}], "top_n": 2, "return_documents": True})
+
     query: StrictStr
     documents: list[StrictStr | Document]
     top_n: Positive | None = Field(None, description="how many of the best to answer; default: all")
@@ -52,7 +57,7 @@ class Result(BaseModel):
     document: Document | None = None
 
 
-class Unranked(ErrorBody):
+class UnrankedDocument(RerankError):
     """A document that failed, with `partial`: after those that have a score."""
 
     index: int
@@ -60,7 +65,7 @@ class Unranked(ErrorBody):
 
 class Results(BaseModel):
     id: str
-    results: list[Result | Unranked]
+    results: list[Result | UnrankedDocument]
     meta: dict[str, Any]
     usage: Usage
     model: str

@@ -7,11 +7,7 @@ from fastapi import APIRouter, Response
 from pydantic import BaseModel, Field, StrictBool, StrictStr
 
 from app.api.answers import (
-    BINARY,
-    ERRORS,
     Accepted,
-    ErrorBody,
-    TextDetail,
     answer,
     array_answer,
     best_first,
@@ -24,28 +20,35 @@ from app.api.answers import (
     number_list,
     with_details,
 )
-from app.api.fields import HABITS, Common, Finished, Ids, Inputs, Output, PerText, PerTextQuery, Pooled, Side, as_list
+from app.api.fields import HABITS, Common, Finished, Ids, Inputs, Output, PerText, PerTextQuery, Pooled, Side, as_list, examples
 from app.api.json_route import JsonRoute, ServiceOf
+from app.api.responses import ANSWERED, ANYWHERE, BINARY, CUT, ENCODED, READ, ErrorBody, TextDetail, errors
 from app.errors import EmptyInput, InvalidInput
 from app.inputs import Encoding, Input, Token
 from app.render import json_sparse
 from app.service import Embedding, Scoring
 from model.vectors import Array, FloatArray, Metric
 
-_NOT_ACCEPTABLE: dict[int | str, dict[str, Any]] = {
-    406: {"model": ErrorBody, "description": "octets of matrices of several shapes"}
-}
+_NOT_ACCEPTABLE = errors(ErrorBody, [406])
 
-router = APIRouter(tags=["embed"], responses=ERRORS, route_class=JsonRoute)
+router = APIRouter(tags=["embed"], responses=ANSWERED | errors(ErrorBody, ANYWHERE, READ, ENCODED), route_class=JsonRoute)
+tokenizer_router = APIRouter(tags=["embed"], responses=CUT | errors(ErrorBody, ANYWHERE, READ), route_class=JsonRoute)
 
 Vector = list[float]
+Vectors = list[Vector | ErrorBody] | list[str | ErrorBody]
 
 
 class EmbedRequest(Finished, Output):
+    model_config = examples({"inputs": ["hello", "world"], "dimensions": 16}, {"inputs": "hello", "encoding_format": "base64"})
+
     inputs: Inputs
 
 
 class EmbedAllRequest(Common, Output):
+    model_config = examples(
+        {"inputs": "river bank", "return_tokens": True}, {"inputs": ["a", "river bank"], "encoding_format": "base64"}
+    )
+
     inputs: Inputs
     return_tokens: StrictBool | None = Field(None, description="name the token that each row stands for")
 
@@ -67,11 +70,18 @@ class SimilarityParameters(Pooled):
 
 
 class SimilarityRequest(BaseModel):
+    model_config = examples(
+        {"inputs": {"source_sentence": "a fruit", "sentences": ["apple", "car"]}},
+        {"inputs": {"a": ["a fruit"], "b": ["apple", "car"]}, "parameters": {"metric": "dot"}},
+    )
+
     inputs: OneToMany | ManyToMany
     parameters: SimilarityParameters | None = None
 
 
 class EmbedSparseRequest(Common):
+    model_config = examples({"inputs": ["hello", "world"]})
+
     inputs: Inputs
 
 
@@ -102,6 +112,8 @@ class Scored(BaseModel):
 
 
 class PredictRequest(Scored):
+    model_config = examples({"inputs": [["a good film"], ["a premise", "a hypothesis"]]}, {"inputs": "a good film"})
+
     inputs: StrictStr | list[StrictStr] | list[list[StrictStr]] = Field(
         description="a text, a list of one text, a list of two: one pair, or a list of such lists"
     )
@@ -123,6 +135,8 @@ class PredictionsWithDetails(BaseModel):
 
 
 class RerankRequest(Scored):
+    model_config = examples({"query": "a fruit", "texts": ["apple", "car"], "return_text": True})
+
     query: StrictStr
     texts: list[StrictStr]
     return_text: StrictBool | None = None
@@ -148,12 +162,16 @@ class Ranks(BaseModel):
 
 
 class TokenizeRequest(BaseModel):
+    model_config = examples({"inputs": "hello world"})
+
     inputs: StrictStr | list[StrictStr]
     add_special_tokens: StrictBool | None = None
     prompt_name: StrictStr | None = None
 
 
 class DecodeRequest(BaseModel):
+    model_config = examples({"ids": [5, 6]}, {"ids": [[5], [6]]})
+
     ids: Ids | list[Ids]
     skip_special_tokens: StrictBool | None = None
 
@@ -204,7 +222,7 @@ class ScoresWithDetails(BaseModel):
     details: list[TextDetail]
 
 
-@router.post("/embed", response_model=list[Vector | ErrorBody] | list[str | ErrorBody] | Embeddings, responses=BINARY)
+@router.post("/embed", response_model=Vectors | Embeddings, responses=BINARY | _NOT_ACCEPTABLE)
 async def embed(request: EmbedRequest, service: ServiceOf, query: PerTextQuery, accepted: Accepted) -> Response:
     """One vector per text, as a list also for one text. In base64, one text per vector."""
     check_json_only(query, accepted)
@@ -296,7 +314,7 @@ async def rerank(request: RerankRequest, service: ServiceOf, query: PerTextQuery
     return answer(service, with_details("ranks", ranks, stats, query), headers_of(stats))
 
 
-@router.post("/tokenize", response_model=list[list[SimpleToken]])
+@tokenizer_router.post("/tokenize", response_model=list[list[SimpleToken]])
 async def tokenize(request: TokenizeRequest, service: ServiceOf) -> Response:
     """The tokens of each text with their places in it, in characters; nothing is cut."""
     texts = [request.inputs] if isinstance(request.inputs, str) else request.inputs
@@ -307,7 +325,7 @@ async def tokenize(request: TokenizeRequest, service: ServiceOf) -> Response:
     )
 
 
-@router.post("/decode", response_model=list[str])
+@tokenizer_router.post("/decode", response_model=list[str])
 async def decode(request: DecodeRequest, service: ServiceOf) -> Response:
     """The text of each list of token ids."""
     rows: list[Any] = [request.ids] if request.ids and isinstance(request.ids[0], int) else request.ids

@@ -7,24 +7,25 @@ from typing import Any, Literal
 from fastapi import APIRouter, Response
 from pydantic import BaseModel, Field, StrictStr
 
-from app.api.answers import TextDetail, Usage, errors, in_places, json_answer, vllm_list
-from app.api.fields import PerTextQuery
+from app.api.answers import in_places, json_answer, vllm_list
+from app.api.fields import PerTextQuery, examples
 from app.api.json_route import JsonRoute, ServiceOf
+from app.api.responses import ANSWERED, ANYWHERE, ENCODED, TextDetail, Usage, errors
 from app.errors import ServiceError
 from app.service import Scoring
 
 
-class Problem(BaseModel):
+class ScoreProblem(BaseModel):
     message: str
     type: str
     param: str | None
     code: int
 
 
-class ErrorBody(BaseModel):
+class ScoreError(BaseModel):
     """Every refusal on these routes."""
 
-    error: Problem
+    error: ScoreProblem
 
 
 def refusal(status: int, word: str, message: str) -> tuple[int, Mapping[str, Any]]:
@@ -36,12 +37,14 @@ def refusal(status: int, word: str, message: str) -> tuple[int, Mapping[str, Any
 
 router = APIRouter(
     tags=["score"],
-    responses=errors(ErrorBody, {400: "the request is invalid", 422: None, "default": "any other refusal"}),
+    responses=ANSWERED | errors(ScoreError, ANYWHERE, ENCODED, [400, "default"], changed={400: "the request is invalid"}),
     route_class=JsonRoute,
 )
 
 
 class ScoreRequest(BaseModel):
+    model_config = examples({"text_1": "a fruit", "text_2": ["apple", "car"]})
+
     text_1: StrictStr | list[StrictStr]
     text_2: StrictStr | list[StrictStr]
 
@@ -52,7 +55,7 @@ class Score(BaseModel):
     score: float
 
 
-class Unscored(ErrorBody):
+class Unscored(ScoreError):
     """A pair that failed, with `partial`."""
 
     index: int
