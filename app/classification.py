@@ -15,6 +15,7 @@ import numpy as np
 from app.classifiers import Card, Classifier, CrossValidation, Store
 from app.errors import Conflict, EmptyInput, InvalidInput, NotFound, NotReady, ServiceError
 from app.fitting import fit_in_process
+from app.inputs import Input
 from app.service import Embedding, Service, Stats
 from model.config import PoolingMode
 from model.finetune import Codes, Fitted, accuracy, macro_f1
@@ -53,7 +54,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Classified:
-    """A row per text, a column per label: [N, C]."""
+    """A row per text, a column per label: [N, C]; of no meaning where the stats hold an error."""
 
     labels: Sequence[str]
     probabilities: FloatArray
@@ -86,18 +87,23 @@ class Classification:
         self._service.space(options.pooling, options.prompt_name)  # refuses what is not there before it waits for its turn
         return await self._until_closing(self._fit(name, examples, labels, options, balanced, progress))
 
-    async def classify(self, name: str, texts: Sequence[str], options: Embedding) -> Classified:
-        """The probability of each label of a fitted classifier. Raises NotFound, or Conflict where it can't be used here."""
+    async def classify(self, name: str, inputs: Sequence[Input], options: Embedding) -> Classified:
+        """The probability of each label of a fitted classifier. Raises NotFound, or Conflict where it can't be used here.
+
+        Where the options say nothing of texts that are too long, they are read as in the fit.
+        """
         classifier = self.store.find(name)
         card = classifier.card
         self._check_asked(name, card, options)
         if problem := self._mismatch(card):
             raise Conflict(f"classifier {name!r} {problem}")
-        vectors, stats = await self._service.embed(texts, replace(options, pooling=card.pooling, prompt_name=card.prompt_name))
+        habit = options.on_overflow or card.on_overflow
+        how = replace(options, pooling=card.pooling, prompt_name=card.prompt_name, on_overflow=habit)
+        vectors, stats = await self._service.embed(inputs, how)
         return Classified(card.labels, classifier.head.probabilities(vectors), stats)
 
     async def classify_by_names(
-        self, texts: Sequence[str], labels: Sequence[str], template: str, options: Embedding
+        self, inputs: Sequence[Input], labels: Sequence[str], template: str, options: Embedding
     ) -> Classified:
         """The probability of each label, from the cosine of a text and the label's name in the template's `{}`.
 
@@ -105,8 +111,8 @@ class Classification:
         """
         _check_names(labels, template)
         phrases = [template.replace("{}", label) for label in labels]
-        label_vectors = await self._embed_labels(phrases, options)
-        vectors, stats = await self._service.embed(texts, options)
+        label_vectors = await self._embed_labels(phrases, replace(options, partial=False))
+        vectors, stats = await self._service.embed(inputs, options)
         return Classified(labels, softmax(_SCALE * (vectors @ label_vectors.T)), stats)
 
     def known(self) -> Iterator[tuple[str, Card | None, str | None]]:
@@ -137,7 +143,9 @@ class Classification:
     ) -> Outcome:
         async with self._turn:
             start = time.perf_counter()
-            vectors, truncated = await self._service.embed_many([example.text for example in examples], options, progress)
+            options = replace(options, on_overflow=options.on_overflow or self._service.settings.on_overflow)
+            texts = [example.text for example in examples]
+            vectors, truncated = await self._service.embed_many(texts, options, progress, "examples[{}].text")
             places = {label: place for place, label in enumerate(labels)}
             codes = np.array([places[example.label] for example in examples], dtype=np.int64)
             fitted = await fit_in_process(vectors, codes, balanced)
@@ -148,6 +156,7 @@ class Classification:
                 truncated=truncated,
                 class_weight="balanced" if balanced else None,
                 cross_validation=_judged(fitted, counts),
+                on_overflow=options.on_overflow,
                 **asdict(self._service.space(options.pooling, options.prompt_name)),
             )
             await asyncio.to_thread(self.store.save, name, Classifier(card, fitted.head))

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from safetensors import SafetensorError
 
 from app.errors import Conflict, InvalidInput, NotFound, StorageFailed
+from app.settings import OnOverflow
 from model.config import PoolingMode
 from model.finetune import Head
 from model.vectors import finite_rows
@@ -61,6 +62,7 @@ class Card(BaseModel):
     pooling: PoolingMode
     prompt_name: str | None
     prompt: str
+    on_overflow: OnOverflow = "truncate"  # how its examples were read; files that do not say it are of cut ones
 
     @model_validator(mode="after")
     def _agree(self) -> Self:

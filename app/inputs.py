@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
 from app.errors import EmptyInput, InvalidInput, ServiceError, TooManyTokens
-from app.settings import Settings
+from app.settings import OnOverflow, Settings
 from model.chunks import characters, chunk_spans
 from model.config import ModelConfig
 from model.errors import InvalidTokens
@@ -21,9 +21,6 @@ from model.windows import Pieces, split
 
 Input = str | list[int] | tuple[str, str]
 """A text, the ids of a text that the client has tokenized, or a pair of texts."""
-
-OnOverflow = Literal["truncate", "error", "split"]
-"""What becomes of a text with more tokens than the model takes."""
 
 TOKENIZERS = 2  # threads that tokenize; the library releases the interpreter lock
 

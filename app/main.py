@@ -25,6 +25,7 @@ from app.traces import Tracer
 
 ROUTERS = (
     tei.router,
+    tei.tokenizer_router,
     chunks.router,
     openai.router,
     openai.model_router,
@@ -33,6 +34,7 @@ ROUTERS = (
     classify.router,
     classify.classifiers,
     dispatch.router,
+    dispatch.rerankers,
     ops.router,
     admin.router,
 )

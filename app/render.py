@@ -27,15 +27,11 @@ def json_list(items: Iterable[Any]) -> Iterator[bytes]:
     yield b"]"
 
 
-def json_sparse(rows: Sequence[FloatArray]) -> Iterator[bytes]:
-    """A JSON list of one list per row [n, 2]: an object of index and value for each column that is not zero."""
-    opening = b"["
-    for row in rows:
-        values = json_bytes(row[:, 1].copy())[1:-1].split(b",") if len(row) else []
-        items = (b'{"index":%d,"value":%b}' % pair for pair in zip(row[:, 0].astype(int).tolist(), values, strict=True))
-        yield opening + b"[" + b",".join(items) + b"]"
-        opening = b","
-    yield b"]"
+def json_sparse(row: FloatArray) -> orjson.Fragment:
+    """A JSON list out of [n, 2]: an object of index and value for each row."""
+    values = json_bytes(row[:, 1].copy())[1:-1].split(b",") if len(row) else []
+    pairs = zip(row[:, 0].astype(int).tolist(), values, strict=True)
+    return orjson.Fragment(b"[" + b",".join(b'{"index":%d,"value":%b}' % pair for pair in pairs) + b"]")
 
 
 def base64_text(array: Array) -> str:

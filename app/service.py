@@ -105,6 +105,11 @@ class Stats:
     device: str
     details: list[Detail]
 
+    @property
+    def errors(self) -> list[ServiceError | None]:
+        """Why each text failed; None for those that did not."""
+        return [detail.error for detail in self.details]
+
 
 @dataclass(frozen=True)
 class Space:
@@ -155,21 +160,27 @@ class Service:
         return rows, stats
 
     async def embed_many(
-        self, texts: Sequence[str], options: Embedding, progress: Callable[[int], object] = lambda count: None
+        self,
+        texts: Sequence[str],
+        options: Embedding,
+        progress: Callable[[int], object] = lambda count: None,
+        where: str = "texts[{}]",
     ) -> tuple[FloatArray, int]:
-        """One vector per text, [N, out], for any number of texts, and how many of them were cut.
+        """The vectors that `embed` gives, [N, out], for any number of texts, and how many of them were cut.
 
         They go through the queue in slices that take turns with the rows of others. Where `embed` would be refused
-        because the queue is full, this waits; no deadline applies. `progress` is told of each slice that is done.
+        because the queue is full, this waits; no deadline applies, and what a request may hold is what a text may.
+        `progress` is told of each slice that is done. A text is refused by its place, as `where` puts it.
         """
         self._check_kind("embedder")
         pooling = self._pooling(options.pooling)
         vectors = np.empty((len(texts), self.config.dimension), dtype=np.float32)
         truncated = done = 0
         for part in self._slices(texts):
-            encoded = await self.reader.read(part, replace(options, on_overflow="truncate"))
+            encoded = await self.reader.read(part, replace(options, partial=True))
+            self._check_each(encoded, done, where)
             answer = await self._submit_patiently(encoded.rows, pooling)
-            outcomes = _merged(encoded, answer, lambda _, vectors: vectors[0])
+            outcomes = await self._merge(encoded, answer, lambda pieces, vectors: pieces.vector(vectors, pooling))
             vectors[done : done + len(part)] = np.stack(_raise_first(outcomes))
             truncated += self._account(encoded, answer, outcomes).truncated
             done += len(part)
@@ -188,8 +199,7 @@ class Service:
         self._check_list(inputs)
         encoded = await self.reader.read(inputs, options, _CONTEXT, with_offsets=with_tokens)
         outcomes, stats = await self._infer(encoded, HIDDEN, Pieces.matrix, options.partial)
-        nothing = np.empty((0, self.config.bert.hidden_size), dtype=np.float32)
-        matrices = [nothing if isinstance(outcome, ServiceError) else outcome for outcome in outcomes]
+        matrices = _filled(outcomes, np.empty((0, self.config.bert.hidden_size), dtype=np.float32))
         tokens = self.reader.name_tokens(inputs, encoded, options.prompt_name) if with_tokens else []
         return await self._quantize(matrices, output_dtype), tokens, stats
 
@@ -224,40 +234,58 @@ class Service:
         return compare(vectors[: len(a)], vectors[len(a) :], metric), stats
 
     async def embed_sparse(self, inputs: Sequence[Input], options: Encoding) -> tuple[list[FloatArray], Stats]:
-        """The tokens of the vocabulary that each text stands for: N matrices [n, 2] of id and weight, by id."""
+        """The tokens of the vocabulary that each text stands for: N matrices [n, 2] of id and weight, by id.
+
+        With `partial`, a text that failed has none and its detail says why.
+        """
         self._check_kind("sparse")
-        return await self._whole(inputs, options, SPARSE)
+        outcomes, stats = await self._whole(inputs, options, SPARSE)
+        return _filled(outcomes, np.empty((0, 2), dtype=np.float32)), stats
 
     async def predict(self, inputs: Sequence[Input], options: Scoring) -> tuple[FloatArray, Stats]:
-        """The score of each label for each text or pair: [N, labels], in the order of `config.labels`."""
+        """The score of each label for each text or pair: [N, labels], in the order of `config.labels`.
+
+        With `partial`, the row of one that failed has no meaning and its detail says why.
+        """
         self._check_kind("classifier", "reranker")
-        rows, stats = await self._whole(inputs, options, "scores")
-        scores = np.stack(rows)
+        outcomes, stats = await self._whole(inputs, options, "scores")
+        scores = np.stack(_filled(outcomes, np.zeros(len(self.config.labels), dtype=np.float32)))
         return scores if options.raw else self._shares(scores), stats
 
     async def rerank(self, query: str, texts: Sequence[str], options: Scoring) -> tuple[FloatArray, Stats]:
-        """How well each text answers the query: [N], in the order of the texts."""
+        """How well each text answers the query: [N], in the order of the texts; `partial` as with `predict`."""
         self._check_kind("reranker")
+        _check_not_empty(query, "a query")
         scores, stats = await self.predict([(query, text) for text in texts], options)
         return scores[:, 0], stats
 
-    async def score(self, a: Sequence[str], b: Sequence[str], options: Scoring) -> tuple[FloatArray, Stats]:
+    async def score(
+        self, a: Sequence[str], b: Sequence[str], options: Scoring
+    ) -> tuple[FloatArray, list[ServiceError | None], Stats]:
         """How well each text of `b` goes with its neighbour in `a`, or with the only one there: [len(b)].
 
-        By a reranker; the cosine, by an embedder.
+        By a reranker; the cosine, by an embedder, whose details are those of `a`, then those of `b`. With `partial`, each
+        pair has its error or None; where the only text of `a` is bad, its error is raised.
         """
         self._check_kind("embedder", "reranker")
         for texts in (a, b):
             _check_not_empty(texts, "a list of texts")
+        if len(a) == 1:
+            _check_not_empty(a[0], "a text")
         if len(a) not in (1, len(b)):
             raise InvalidInput(f"{len(a)} texts against {len(b)}; wanted one against any number, or as many on each side")
         if self.config.kind == "reranker":
             first = [*a] * len(b) if len(a) == 1 else a
             scores, stats = await self.predict([*zip(first, b, strict=True)], options)
-            return scores[:, 0], stats
-        vectors, stats = await self.embed([*a, *b], Embedding(on_overflow=options.on_overflow, side=options.side))
+            return scores[:, 0], stats.errors, stats
+        how = Embedding(on_overflow=options.on_overflow, side=options.side, partial=options.partial)
+        vectors, stats = await self.embed([*a, *b], how)
+        errors = stats.errors
+        if len(a) == 1 and errors[0]:
+            raise errors[0]
         cosines: FloatArray = (vectors[: len(a)] * vectors[len(a) :]).sum(axis=1)
-        return cosines, stats
+        of_a = errors[: len(a)] if len(a) == len(b) else [None] * len(b)
+        return cosines, [one or other for one, other in zip(of_a, errors[len(a) :], strict=True)], stats
 
     async def check(self) -> None:
         """Raises EngineError where the encoder gives what is no number, as with weights that were damaged."""
@@ -327,25 +355,27 @@ class Service:
         alone = len(self.config.labels) == 1 or self.config.problem_type == "multi_label_classification"
         return sigmoid(scores) if alone else softmax(scores)
 
-    async def _whole(self, inputs: Sequence[Input], options: Encoding, task: str) -> tuple[list[FloatArray], Stats]:
+    async def _whole(self, inputs: Sequence[Input], options: Encoding, task: str) -> tuple[list[Outcome], Stats]:
         """What the engine gives for texts or pairs that are not split: what is no mean has no mean of windows."""
         if options.on_overflow == "split":
             raise InvalidInput(f"on_overflow is split, and {task} of windows can't be merged; send truncate or error")
         self._check_list(inputs)
         habit = options.on_overflow or self.settings.on_overflow
         encoded = await self.reader.read(inputs, replace(options, on_overflow="truncate" if habit == "split" else habit))
-        outcomes, stats = await self._infer(encoded, task, lambda _, parts: parts[0], partial=False)
-        return _raise_first(outcomes), stats
+        return await self._infer(encoded, task, lambda _, parts: parts[0], options.partial)
 
     async def _infer(self, encoded: Encoded, task: str, merge: Merge, partial: bool) -> tuple[list[Outcome], Stats]:
         """What `merge` makes of the engine's answers for the pieces of each text; raises the first error, if not `partial`."""
         rows = encoded.rows
         self.reader.check_tokens(map(len, rows))
         answer = await self._submit(rows, task)
-        size = 0 if len(rows) == len(encoded.items) else encoded.characters  # nothing to merge, or something
-        outcomes = await self.reader.off_loop(lambda: _merged(encoded, answer, merge), size)
+        outcomes = await self._merge(encoded, answer, merge)
         _raise_first([outcome for outcome in outcomes if isinstance(outcome, NotReady) or not partial])
         return outcomes, self._account(encoded, answer, outcomes)
+
+    async def _merge(self, encoded: Encoded, answer: Answer, merge: Merge) -> list[Outcome]:
+        size = 0 if len(encoded.rows) == len(encoded.items) else encoded.characters  # nothing to merge, or something
+        return await self.reader.off_loop(lambda: _merged(encoded, answer, merge), size)
 
     async def _submit(self, rows: list[Tokens], task: str) -> Answer:
         if not rows:
@@ -353,28 +383,42 @@ class Service:
         return await self.scheduler.submit(rows, task)
 
     def _slices(self, texts: Sequence[str]) -> Iterator[Sequence[str]]:
-        """Texts in lists that fill half of the queue at most. A token stands for a character at least, so this is cautious."""
+        """Texts in lists of half the queue's tokens at most, if a character is a token; so that they are never all in memory."""
         room, limit = self.scheduler.max_queue_tokens // 2, self.settings.max_client_batch_size
-        start = tokens = 0
+        start = characters = 0
         for place, text in enumerate(texts):
-            size = min(len(text) + _FRAME, self.config.max_tokens)
-            if place > start and (tokens + size > room or place - start == limit):
+            if place > start and (characters + len(text) + _FRAME > room or place - start == limit):
                 yield texts[start:place]
-                start, tokens = place, 0
-            tokens += size
+                start, characters = place, 0
+            characters += len(text) + _FRAME
         yield texts[start:]
 
-    async def _submit_patiently(self, rows: list[Tokens], task: str) -> Answer:
+    async def _submit_patiently(self, rows: Sequence[Tokens], task: str) -> Answer:
+        """The answer for any number of rows, which go in parts of half the queue's tokens at most."""
+        answers = [await self._submit_until_admitted(part, task) for part in _parts(rows, self.scheduler.max_queue_tokens // 2)]
+        outcomes = [outcome for answer in answers for outcome in answer.outcomes]
+        return Answer(outcomes, sum(a.queue_seconds for a in answers), sum(a.infer_seconds for a in answers))
+
+    async def _submit_until_admitted(self, rows: Sequence[Tokens], task: str) -> Answer:
         while True:
             try:
                 return await self.scheduler.submit(rows, task)
             except Overloaded:
                 await asyncio.sleep(_PATIENCE)
 
+    def _check_each(self, encoded: Encoded, start: int, where: str) -> None:
+        """Raises the error of the first text that has one, or is too much for a request, by its place."""
+        for place, item in enumerate(encoded.items, start):
+            try:
+                if isinstance(item, ServiceError):
+                    raise item
+                self.reader.check_tokens(map(len, item.pieces.rows))
+            except ServiceError as error:
+                raise type(error)(f"{where.format(place)}: {error.message}") from None
+
     def _finish(self, outcomes: Iterable[Outcome], options: Embedding) -> FloatArray:
         """Pooled vectors as the client wants them: [N, out]."""
-        missing = np.zeros(self.config.dimension, dtype=np.float32)
-        rows = [missing if isinstance(outcome, ServiceError) else outcome for outcome in outcomes]
+        rows = _filled(outcomes, np.zeros(self.config.dimension, dtype=np.float32))
         vectors = shorten(np.stack(rows), options.dimensions)
         return normalize(vectors) if options.normalize else vectors
 
@@ -466,6 +510,22 @@ def _merged(encoded: Encoded, answer: Answer, merge: Merge) -> list[Outcome]:
         error = next((part for part in parts if isinstance(part, ServiceError)), None)
         outcomes.append(error or merge(item.pieces, [part for part in parts if not isinstance(part, ServiceError)]))
     return outcomes
+
+
+def _parts(rows: Sequence[Tokens], room: int) -> Iterator[Sequence[Tokens]]:
+    """Rows in lists of at most so many tokens, or of one row."""
+    start = tokens = 0
+    for place, row in enumerate(rows):
+        if place > start and tokens + len(row) > room:
+            yield rows[start:place]
+            start, tokens = place, 0
+        tokens += len(row)
+    yield rows[start:]
+
+
+def _filled(outcomes: Iterable[Outcome], missing: FloatArray) -> list[FloatArray]:
+    """The outcomes, with something else in the place of errors."""
+    return [missing if isinstance(outcome, ServiceError) else outcome for outcome in outcomes]
 
 
 def _raise_first(outcomes: Sequence[Outcome]) -> list[FloatArray]:

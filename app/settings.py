@@ -9,6 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, m
 PREFIX = "BERTD_"
 
 _ORIGIN = r"[a-z][a-z0-9+.-]*://[^/,\s*]+"
+OnOverflow = Literal["truncate", "error", "split"]
+"""What becomes of a text with more tokens than the model takes."""
+
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 
 
@@ -44,7 +47,7 @@ class Settings(BaseModel):
         description="pooling where a request names none; splade: sparse vectors from a masked language model; "
         "default: the checkpoint's own",
     )
-    on_overflow: Literal["truncate", "error", "split"] = Field(
+    on_overflow: OnOverflow = Field(
         "truncate",
         description="a text that is too long, where a request does not say: cut it, refuse it, or split it into windows",
     )

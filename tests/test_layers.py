@@ -27,7 +27,7 @@ LEVELS = {
         {"worker", "scheduler", "inputs"},
         {"service"},
         {"classification", "middleware"},
-        {"auth", "serving", "api.json_route", "api.fields"},
+        {"auth", "serving", "api.json_route", "api.fields", "api.responses"},
         {"api.answers", "examples"},
         {"api.tei", "api.openai", "api.chunks", "api.rerank", "api.vllm", "api.classify", "api.ops", "api.admin"},
         {"api.dispatch", "server"},

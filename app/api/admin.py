@@ -1,10 +1,12 @@
 """What an operator asks for, behind the admin key."""
 
+from collections.abc import Mapping
+
 from fastapi import APIRouter
 from pydantic import BaseModel, Field
 from starlette.requests import Request
 
-from app.api.answers import ErrorBody, errors
+from app.api.responses import ANYWHERE, ErrorBody, errors
 from app.serving import Serving
 
 
@@ -19,17 +21,13 @@ class Reloaded(BaseModel):
     seconds: float
 
 
-_ERRORS = errors(
-    ErrorBody,
-    {
-        **dict.fromkeys((400, 413, 422, 429, 500)),
-        404: "no admin key is set",
-        409: "a reload is under way",
-        424: "the checkpoint can't be served; the one before it goes on",
-    },
-)
+_SAID: Mapping[int | str, str] = {
+    404: "no admin key is set",
+    409: "a reload is under way",
+    424: "the checkpoint can't be served; the one before it goes on",
+}
 
-router = APIRouter(tags=["admin"], responses=_ERRORS)
+router = APIRouter(tags=["admin"], responses=errors(ErrorBody, ANYWHERE, _SAID, changed=_SAID))
 
 
 @router.post("/admin/reload")

@@ -2,77 +2,20 @@
 
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from typing import Annotated, Any
 
 from fastapi import Depends, Request, Response
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel
 
 from app.api.fields import PerText
 from app.errors import NotAcceptable, ServiceError
 from app.negotiation import MediaType, media_type
 from app.record import current_record
 from app.render import base64_text, in_blocks, json_bytes, json_list, raw_rows, safetensors
-from app.service import Detail, Service, Stats
-from model.vectors import Array
-
-
-class ErrorBody(BaseModel):
-    """Every refusal on these routes; with `partial`, also what stands in the place of a bad text."""
-
-    error: str
-    error_type: str
-
-
-class Usage(BaseModel):
-    """Tokens as they were encoded, special ones included."""
-
-    prompt_tokens: int
-    total_tokens: int
-
-
-class TextDetail(BaseModel):
-    """What was done to a text, with `details`."""
-
-    tokens: int
-    truncated: bool
-    pieces: int
-
-
-_REFUSED: Mapping[int | str, str | None] = {
-    400: "an input is empty",
-    401: "the key is missing or wrong",
-    408: "the body did not arrive in time",
-    413: "the body is too large, or its texts have too many tokens",
-    422: "the request is invalid",
-    424: "the model is of another kind",
-    429: "overloaded; Retry-After says when to come back",
-    431: "the head is too large",
-    500: "the encoder failed",
-    503: "not ready; Retry-After says when to come back",
-    504: "the deadline passed",
-}
-
-
-def errors(body: type[BaseModel], changed: Mapping[int | str, str | None] | None = None) -> dict[int | str, dict[str, Any]]:
-    """What FastAPI's page says of refusals in that shape; what is `changed` to None does not occur."""
-    described = {**_REFUSED, **(changed or {})}
-    return {status: {"model": body, "description": text} for status, text in described.items() if text is not None}
-
-
-ERRORS = errors(ErrorBody)
-
-BINARY: dict[int | str, dict[str, Any]] = {
-    200: {
-        "content": {
-            name: {"schema": {"type": "string", "format": "binary"}}
-            for name in ("application/octet-stream", "application/safetensors")
-        }
-    }
-}
-"""What FastAPI's page says of routes that answer in arrays."""
+from app.service import Service, Stats
+from model.vectors import Array, FloatArray
 
 
 def _accepted(request: Request) -> MediaType:
@@ -155,15 +98,16 @@ def usage_of(stats: Stats) -> dict[str, int]:
     return {"prompt_tokens": stats.tokens, "total_tokens": stats.tokens}
 
 
-def vllm_list(what: str, data: list[dict[str, Any]], service: Service, stats: Stats) -> dict[str, Any]:
-    """What vLLM puts around the results of each of its routes."""
+def vllm_list(what: str, data: Iterable[Any], service: Service, stats: Stats, query: PerText) -> dict[str, Any]:
+    """What vLLM puts around the results of each of its routes; with `details` also a word on each text."""
     return {
         "id": f"{what}-{uuid.uuid4().hex}",
         "object": "list",
         "created": int(time.time()),
         "model": service.name,
-        "data": data,
+        "data": list(data),
         "usage": usage_of(stats),
+        **detail_field(stats, query),
     }
 
 
@@ -177,11 +121,29 @@ def check_json_only(query: PerText, accepted: MediaType) -> None:
         raise NotAcceptable(f"details and partial have no place in {accepted}; send Accept: application/json, or neither")
 
 
-def in_places(results: Iterable[Any], details: Sequence[Detail]) -> Iterable[Any]:
-    """The result of each text, or the error that stands in its place."""
-    if not any(detail.error for detail in details):
+ErrorItem = Callable[[int, ServiceError], Any]
+"""What stands in the place of a text that failed."""
+
+
+def in_places(
+    results: Iterable[Any],
+    errors: Sequence[ServiceError | None],
+    item: ErrorItem = lambda place, error: error_body(error),
+) -> Iterable[Any]:
+    """The result of each text, or what stands in its place where it failed."""
+    if not any(errors):
         return results
-    return [error_body(detail.error) if detail.error else result for result, detail in zip(results, details, strict=True)]
+    return [item(place, error) if error else result for place, (result, error) in enumerate(zip(results, errors, strict=True))]
+
+
+def best_first(scores: FloatArray, errors: Sequence[ServiceError | None]) -> list[int]:
+    """Places by their score [N], the highest first and of equals the first, without those that failed."""
+    return [place for place in (-scores).argsort(kind="stable").tolist() if errors[place] is None]
+
+
+def failed_last(results: Iterable[Any], errors: Sequence[ServiceError | None], item: ErrorItem) -> list[Any]:
+    """Results that are sorted, so that no place is left for what failed: it comes after them, in order."""
+    return [*results, *(item(place, error) for place, error in enumerate(errors) if error)]
 
 
 def with_details(name: str, results: Iterable[Any], stats: Stats, query: PerText) -> Iterator[bytes]:
@@ -192,6 +154,11 @@ def with_details(name: str, results: Iterable[Any], stats: Stats, query: PerText
     yield b'{"%b":' % name.encode()
     yield from json_list(results)
     yield b',"details":' + json_bytes(details_of(stats)) + b"}"
+
+
+def detail_field(stats: Stats, query: PerText) -> dict[str, Any]:
+    """`details` beside the results, in an answer that is an object anyway."""
+    return {"details": details_of(stats)} if query.details else {}
 
 
 def details_of(stats: Stats) -> list[dict[str, Any]]:

@@ -5,15 +5,21 @@ from typing import Any
 from fastapi import APIRouter, Response
 from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr
 
-from app.api.answers import ERRORS, ErrorBody, TextDetail, answer, headers_of, in_places, with_details
-from app.api.fields import Finished, PerTextQuery
+from app.api.answers import answer, headers_of, in_places, with_details
+from app.api.fields import Finished, PerTextQuery, examples
 from app.api.json_route import JsonRoute, ServiceOf
+from app.api.responses import ANSWERED, ANYWHERE, ENCODED, READ, ErrorBody, TextDetail, errors
 from app.service import Chunk, Chunking
 
-router = APIRouter(tags=["embed"], responses=ERRORS, route_class=JsonRoute)
+router = APIRouter(tags=["embed"], responses=ANSWERED | errors(ErrorBody, ANYWHERE, READ, ENCODED), route_class=JsonRoute)
 
 
 class EmbedChunksRequest(Finished):
+    model_config = examples(
+        {"inputs": "The river rose. It flooded the bank.", "chunk_tokens": 6},
+        {"inputs": ["a b c d e f"], "chunk_tokens": 2, "overlap_tokens": 1, "late": True},
+    )
+
     inputs: StrictStr | list[StrictStr]
     chunk_tokens: StrictInt = Field(description="the most tokens of a chunk, special ones not counted")
     overlap_tokens: StrictInt | None = Field(
@@ -50,7 +56,7 @@ async def embed_chunks(request: EmbedChunksRequest, service: ServiceOf, query: P
         late=bool(request.late),
     )
     chunks, stats = await service.embed_chunks(texts, options)
-    results = in_places([[_described(chunk) for chunk in its] for its in chunks], stats.details)
+    results = in_places([[_described(chunk) for chunk in its] for its in chunks], stats.errors)
     return answer(service, with_details("chunks", results, stats, query), headers_of(stats))
 
 

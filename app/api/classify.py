@@ -1,22 +1,23 @@
 """Classification in vLLM's shape, and the classifiers that are fitted over HTTP."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Request, Response
-from pydantic import BaseModel, Discriminator, Field, StrictBool, StrictStr, Tag
+from pydantic import BaseModel, Discriminator, Field, StrictStr, Tag
 from typing_extensions import TypedDict
 
-from app.api.answers import ErrorBody, Usage, errors, json_answer, vllm_list
-from app.api.fields import HABITS, Inputs, as_list
+from app.api.answers import error_body, in_places, json_answer, vllm_list
+from app.api.fields import Inputs, Overflow, PerText, PerTextQuery, as_list, examples
 from app.api.json_route import JsonRoute, ServiceOf
+from app.api.responses import ANSWERED, ANYWHERE, CUT, ENCODED, READ, ErrorBody, Responses, TextDetail, Usage, errors
 from app.classification import Classification, Classified, Example
 from app.classifiers import Card
 from app.errors import EmptyInput, InvalidInput
+from app.inputs import Input
 from app.render import json_bytes
 from app.service import Embedding, Scoring, Service
 from model.config import PoolingMode
-from model.vectors import FloatArray
 
 
 def classification_of(request: Request) -> Classification:
@@ -28,24 +29,18 @@ def classification_of(request: Request) -> Classification:
 ClassificationOf = Annotated[Classification, Depends(classification_of)]
 
 
-_ERRORS = errors(
-    ErrorBody,
-    {
-        404: "no classifier has this name",
-        409: "the classifier is broken or belongs to other vectors, or the name is taken in another case",
-        500: "the encoder or the fit failed",
-        507: "the folder of classifiers can't be written",
-    },
+router = APIRouter(tags=["classify"], responses=errors(ErrorBody, ANYWHERE, READ), route_class=JsonRoute)
+classifiers = APIRouter(tags=["classify"], responses=errors(ErrorBody, ANYWHERE))  # the routes without a body
+
+
+_FITTED: Responses = CUT | errors(
+    ErrorBody, [409, 424, 500, 503, 507], changed={500: "the encoder or the fit failed, or the server has a defect"}
 )
-
-router = APIRouter(tags=["classify"], responses=_ERRORS, route_class=JsonRoute)
-classifiers = APIRouter(tags=["classify"], responses=_ERRORS)  # the routes without a body
-
 
 _WAYS = "wanted either classifier, the name of one that PUT /classifiers/{name} fitted, or labels, the names to choose from"
 
 
-class Space(BaseModel):
+class Space(Overflow):
     """Which vectors a text is told by; null is the same as absent."""
 
     pooling: PoolingMode | None = Field(None, description="default: the checkpoint's own")
@@ -58,19 +53,24 @@ class ExampleBody(TypedDict):
 
 
 class FitRequest(Space):
+    model_config = examples({"examples": [{"text": "so happy", "label": "good"}, {"text": "how sad", "label": "bad"}]})
+
     examples: list[ExampleBody] = Field(description="2 to 100,000, of 2 to 1,000 labels")
     class_weight: Literal["balanced"] | None = Field(None, description="balanced: rare labels weigh as much as frequent ones")
 
 
 class ChoiceRequest(Space):
-    input: StrictStr | list[StrictStr]
+    model_config = examples({"input": "Where is my parcel?", "labels": ["billing", "delivery"]})
+
+    input: Inputs
     classifier: StrictStr | None = Field(None, description="the name of a classifier that was fitted on examples")
     labels: list[StrictStr] | None = Field(None, description="names of labels to choose from without examples")
     template: StrictStr | None = Field(None, description="what stands around a label's name, as {}; default: nothing")
-    truncate: StrictBool | None = Field(None, description="false refuses a text that is too long; default: cut it")
 
 
 class HeadRequest(BaseModel):
+    model_config = examples({"input": ["a good film"]})
+
     input: Inputs
 
 
@@ -88,14 +88,21 @@ class Class(BaseModel):
     num_classes: int
 
 
+class Unclassified(ErrorBody):
+    """A text that failed, with `partial`."""
+
+    index: int
+
+
 class ClassifyBody(BaseModel):
     id: str
     object: Literal["list"]
     created: int
     model: str
-    labels: list[str] | None = Field(None, description="the order of probs; a checkpoint's own labels are in /info")
-    data: list[Class]
+    labels: list[str] = Field(description="the order of probs")
+    data: list[Class | Unclassified]
     usage: Usage
+    details: list[TextDetail] | None = None
 
 
 class ClassifierBody(Card):
@@ -125,42 +132,48 @@ class DeletedBody(BaseModel):
     deleted: Literal[True]
 
 
-@router.post("/classify", response_model=ClassifyBody)
-async def classify(request: ClassifyRequest, service: ServiceOf, classification: ClassificationOf) -> Response:
+@router.post("/classify", response_model=ClassifyBody, responses=ANSWERED | errors(ErrorBody, ENCODED, [404, 409]))
+async def classify(
+    request: ClassifyRequest, service: ServiceOf, classification: ClassificationOf, query: PerTextQuery
+) -> Response:
     """The probability of each label: by a fitted classifier, by the labels' names, or by the head of the checkpoint."""
+    inputs = as_list(request.input)
     if isinstance(request, HeadRequest):
-        return await _by_head(request, service)
-    texts = [request.input] if isinstance(request.input, str) else request.input
-    answer = await _classified(request, texts, classification)
-    body = vllm_list("classify", _classes(answer.labels, answer.probabilities), service, answer.stats)
-    return json_answer(service, {**body, "labels": answer.labels}, answer.stats)
+        found = await _by_head(inputs, service, query)
+    else:
+        found = await _by_choice(inputs, request, classification, query)
+    errors = found.stats.errors
+    classes = in_places(_classes(found), errors, lambda place, error: {"index": place, **error_body(error)})
+    body = vllm_list("classify", classes, service, found.stats, query)
+    return json_answer(service, {**body, "labels": found.labels}, found.stats)
 
 
-async def _by_head(request: HeadRequest, service: Service) -> Response:
+async def _by_head(inputs: Sequence[Input], service: Service, query: PerText) -> Classified:
     if service.config.kind == "embedder":
         raise InvalidInput(_WAYS)
-    scores, stats = await service.predict(as_list(request.input), Scoring())
-    return json_answer(service, vllm_list("classify", _classes(service.config.labels, scores), service, stats), stats)
+    return Classified(service.config.labels, *await service.predict(inputs, Scoring(partial=query.partial)))
 
 
-async def _classified(request: ChoiceRequest, texts: Sequence[str], classification: Classification) -> Classified:
+async def _by_choice(
+    inputs: Sequence[Input], request: ChoiceRequest, classification: Classification, query: PerText
+) -> Classified:
     """By whichever of the ways the request names."""
-    options = Embedding(on_overflow=HABITS.get(request.truncate), pooling=request.pooling, prompt_name=request.prompt_name)
+    options = Embedding(request.habit, prompt_name=request.prompt_name, partial=query.partial, pooling=request.pooling)
     if request.classifier is not None and request.labels is None and request.template is None:
-        return await classification.classify(request.classifier, texts, options)
+        return await classification.classify(request.classifier, inputs, options)
     if request.classifier is None and request.labels is not None:
         template = "{}" if request.template is None else request.template
-        return await classification.classify_by_names(texts, request.labels, template, options)
+        return await classification.classify_by_names(inputs, request.labels, template, options)
     raise InvalidInput(_WAYS)
 
 
-@router.put("/classifiers/{name}", response_model=FittedBody)
+@router.put("/classifiers/{name}", response_model=FittedBody, responses=_FITTED)
 async def fit(request: FitRequest, classification: ClassificationOf, name: str) -> Response:
     """Fit a classifier on examples and keep it under a name, in the place of the one that has it. No deadline applies."""
     if not request.examples:
         raise EmptyInput("examples is empty; wanted 2 or more")
     examples = [Example(**example) for example in request.examples]
-    options = Embedding(pooling=request.pooling, prompt_name=request.prompt_name)
+    options = Embedding(request.habit, prompt_name=request.prompt_name, pooling=request.pooling)
     outcome = await classification.fit(name, examples, options, balanced=request.class_weight == "balanced")
     body = {**_described(name, outcome.card, None), "seconds": round(outcome.seconds, 3)}
     return _json(body, {"x-truncated": str(outcome.card.truncated)})
@@ -172,13 +185,13 @@ async def list_classifiers(classification: ClassificationOf) -> Response:
     return _json({"classifiers": [_described(*known) for known in classification.known()]})
 
 
-@classifiers.get("/classifiers/{name}", response_model=ClassifierBody | BrokenBody)
+@classifiers.get("/classifiers/{name}", response_model=ClassifierBody | BrokenBody, responses=errors(ErrorBody, [404, 422]))
 async def get_classifier(name: str, classification: ClassificationOf) -> Response:
     """What is known of a classifier."""
     return _json(_described(name, *classification.problem(name)))
 
 
-@classifiers.delete("/classifiers/{name}", response_model=DeletedBody)
+@classifiers.delete("/classifiers/{name}", response_model=DeletedBody, responses=errors(ErrorBody, [404, 422, 507]))
 async def delete_classifier(name: str, classification: ClassificationOf) -> Response:
     """Forget a classifier."""
     await classification.delete(name)
@@ -190,12 +203,11 @@ def _described(name: str, card: Card | None, problem: str | None) -> dict[str, A
     return {"name": name, "usable": problem is None, "problem": problem, **known}
 
 
-def _classes(labels: Sequence[str], rows: FloatArray) -> list[dict[str, Any]]:
-    """The most probable label of each row [N, labels], and the row."""
-    return [
-        {"index": index, "label": labels[best], "probs": row, "num_classes": len(labels)}
-        for index, (row, best) in enumerate(zip(rows, rows.argmax(axis=1), strict=True))
-    ]
+def _classes(found: Classified) -> Iterator[dict[str, Any]]:
+    """The most probable label of each row, and the row."""
+    rows = found.probabilities
+    for index, (row, best) in enumerate(zip(rows, rows.argmax(axis=1), strict=True)):
+        yield {"index": index, "label": found.labels[best], "probs": row, "num_classes": len(found.labels)}
 
 
 def _json(value: Any, headers: Mapping[str, str] | None = None) -> Response:

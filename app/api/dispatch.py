@@ -3,39 +3,45 @@
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Response
-from pydantic import BaseModel, Discriminator, Tag, ValidationError
+from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError
 
 from app.api import rerank, tei
-from app.api.answers import ERRORS, Accepted
+from app.api.answers import Accepted
 from app.api.fields import PerTextQuery
 from app.api.json_route import JsonRoute, ServiceOf, describe
+from app.api.responses import ANSWERED, ANYWHERE, BINARY, ENCODED, READ, ErrorBody, errors
 from app.errors import InvalidInput
 from model.config import Kind
 
-router = APIRouter(tags=["embed"], responses=ERRORS, route_class=JsonRoute)
+router = APIRouter(tags=["embed"], responses=BINARY | errors(ErrorBody, ANYWHERE, READ, ENCODED, [406]), route_class=JsonRoute)
+
+rerankers = APIRouter(tags=["rerank"], responses=ANSWERED | errors(ErrorBody, ANYWHERE, READ, ENCODED), route_class=JsonRoute)
 
 RerankRequest = Annotated[
     Annotated[tei.RerankRequest, Tag("of TEI")] | Annotated[rerank.DocumentsRequest, Tag("of Cohere")],
     Discriminator(lambda body: "of Cohere" if isinstance(body, dict) and "documents" in body else "of TEI"),
 ]
-Body = dict[str, Any]
+Body = Annotated[dict[str, Any], Field(examples=[{"inputs": ["hello"]}])]
+Ranked = list[tei.Rank | tei.Unranked] | tei.Ranks
 Answer = (
-    list[list[float]]
-    | list[float]
-    | list[list[tei.Weight]]
-    | list[tei.Prediction]
-    | list[list[tei.Prediction]]
-    | list[tei.Rank]
-    | rerank.Results
+    tei.Vectors
+    | tei.Embeddings
+    | tei.Scores
+    | tei.ScoresWithDetails
+    | list[list[tei.Weight] | ErrorBody]
+    | tei.SparseEmbeddings
+    | tei.Predictions
+    | tei.PredictionsWithDetails
+    | Ranked
 )
 
 
-@router.post("/rerank", response_model=list[tei.Rank] | rerank.Results)
-async def reranked(request: RerankRequest, service: ServiceOf) -> Response:
+@rerankers.post("/rerank", response_model=Ranked | rerank.Results)
+async def reranked(request: RerankRequest, service: ServiceOf, query: PerTextQuery) -> Response:
     """The texts by how well they answer the query, the best first; with `documents` in place of `texts`, as /v1/rerank."""
     if isinstance(request, rerank.DocumentsRequest):
-        return await rerank.rerank(request, service, "1")
-    return await tei.rerank(request, service)
+        return await rerank.rerank(request, service, query, "1")
+    return await tei.rerank(request, service, query)
 
 
 @router.post("/", response_model=Answer)
@@ -63,11 +69,11 @@ async def invocations(request: Body, service: ServiceOf, query: PerTextQuery, ac
         case tei.SimilarityRequest():
             return await tei.similarity(read, service, query)
         case tei.EmbedSparseRequest():
-            return await tei.embed_sparse(read, service)
+            return await tei.embed_sparse(read, service, query)
         case tei.RerankRequest():
-            return await tei.rerank(read, service)
+            return await tei.rerank(read, service, query)
         case tei.PredictRequest():
-            return await tei.predict(read, service)
+            return await tei.predict(read, service, query)
     raise AssertionError(wanted)
 
 

@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from fastapi import Query
-from pydantic import BaseModel, BeforeValidator, Field, StrictBool, StrictInt, StrictStr
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
-from app.inputs import Input, OnOverflow
+from app.inputs import Input
+from app.settings import OnOverflow
 from model.config import PoolingMode
 from model.vectors import OutputDtype
 
@@ -19,6 +20,11 @@ HABITS: Mapping[bool | None, OnOverflow] = {True: "truncate", False: "error"}
 """What TEI's `truncate` says; null leaves it to the server."""
 
 
+def examples(*bodies: dict[str, Any]) -> ConfigDict:
+    """Bodies that FastAPI's page shows for a request; each is answered by a model of the right kind."""
+    return ConfigDict(json_schema_extra={"examples": list(bodies)})
+
+
 class PerText(BaseModel):
     """The query of routes that answer per text."""
 
@@ -29,20 +35,29 @@ class PerText(BaseModel):
 PerTextQuery = Annotated[PerText, Query()]
 
 
-class Common(BaseModel):
-    """Options of every route that encodes texts; null is the same as absent."""
+class Overflow(BaseModel):
+    """What becomes of a text that is too long; null is the same as absent."""
 
     truncate: StrictBool | None = Field(None, description="true is on_overflow truncate, false is error; on_overflow wins")
     on_overflow: OnOverflow | None = Field(
         None, description="a text that is too long is cut, refused or split into windows; default: the server's"
     )
+
+    @property
+    def habit(self) -> OnOverflow | None:
+        return self.on_overflow or HABITS.get(self.truncate)
+
+
+class Common(Overflow):
+    """Options of every route that encodes texts; null is the same as absent."""
+
     truncation_direction: Side | None = Field(None, description="the side on which a long text is cut")
     prompt_name: StrictStr | None = Field(None, description="a prompt of the checkpoint to put before each text")
 
     def encoding(self, query: PerText) -> dict[str, Any]:
         """The fields of an `Encoding`."""
         return {
-            "on_overflow": self.on_overflow or HABITS.get(self.truncate),
+            "on_overflow": self.habit,
             "side": self.truncation_direction or "right",
             "prompt_name": self.prompt_name,
             "partial": query.partial,

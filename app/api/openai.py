@@ -1,18 +1,29 @@
 """The dialect of the OpenAI API: embeddings and models."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from fastapi import APIRouter, Response
 from pydantic import BaseModel, Field, StrictInt, StrictStr
 
-from app.api.answers import BINARY, Accepted, Usage, answer, array_answer, errors, headers_of, number_list, usage_of
-from app.api.fields import Inputs, Output, as_list
+from app.api.answers import (
+    Accepted,
+    answer,
+    array_answer,
+    check_json_only,
+    detail_field,
+    headers_of,
+    in_places,
+    number_list,
+    usage_of,
+)
+from app.api.fields import Inputs, Output, PerTextQuery, as_list, examples
 from app.api.json_route import JsonRoute, ServiceOf
-from app.errors import InvalidInput, NotFound
+from app.api.responses import ANYWHERE, BINARY, TextDetail, Usage, errors
+from app.errors import InvalidInput, NotFound, ServiceError
 from app.inputs import Input
 from app.render import json_bytes, json_list
-from app.service import Embedding, Service, Stats
+from app.service import Embedding, Service
 from model.vectors import Array
 
 _CODES: Mapping[int, str] = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
@@ -38,11 +49,18 @@ class ErrorEnvelope(BaseModel):
 
 _ERRORS = errors(
     ErrorEnvelope,
-    {400: "the request is invalid, or the model of another kind", 422: None, 424: None, "default": "any other refusal"},
+    ANYWHERE,
+    [400, 429, 503, 504, "default"],
+    changed={400: "the request is invalid, or the model of another kind"},
 )
 
 
 class EmbeddingRequest(Output):
+    model_config = examples(
+        {"input": ["hello", "world"], "encoding_format": "float"},
+        {"input": "hello", "encoding_format": "base64", "dimensions": 16},
+    )
+
     input: Inputs
     model: StrictStr | None = Field(None, description="of no effect: one model is served, and answers name it")
     dimensions: StrictInt | None = Field(None, description="keep this many numbers, then normalise; 0 is the same as null")
@@ -56,11 +74,20 @@ class EmbeddingItem(BaseModel):
     embedding: list[float] | str
 
 
+class Unembedded(ErrorEnvelope):
+    """A text that failed, with `partial`. Its vector is empty and not absent: clients decode what stands there."""
+
+    object: Literal["error"]
+    index: int
+    embedding: list[float] = Field(max_length=0)
+
+
 class EmbeddingList(BaseModel):
     object: Literal["list"]
     model: str
     usage: Usage
-    data: list[EmbeddingItem]
+    details: list[TextDetail] | None = None
+    data: list[EmbeddingItem | Unembedded]
 
 
 class Model(BaseModel):
@@ -76,24 +103,28 @@ class ModelList(BaseModel):
 
 
 router = APIRouter(tags=["openai"], responses=_ERRORS, route_class=JsonRoute)
-model_router = APIRouter(tags=["openai"], responses=_ERRORS)
+model_router = APIRouter(tags=["openai"], responses=errors(ErrorEnvelope, ANYWHERE, ["default"]))
 
 
 @router.post("/embeddings", include_in_schema=False)
 @router.post("/v1/embeddings", response_model=EmbeddingList, responses=BINARY)
-async def embeddings(request: EmbeddingRequest, service: ServiceOf, accepted: Accepted) -> Response:
+async def embeddings(request: EmbeddingRequest, service: ServiceOf, query: PerTextQuery, accepted: Accepted) -> Response:
     """One vector of length 1 per text."""
+    check_json_only(query, accepted)
     inputs = as_list(request.input)
     _check_ids(inputs, service)
     options = Embedding(
         prompt_name=request.prompt_name or _prompt_for(request.input_type, service.config.prompts),
         dimensions=request.dimensions or None,
         output_dtype=request.dtype,
+        partial=query.partial,
     )
     vectors, stats = await service.embed(inputs, options)
     if accepted != "application/json":
         return array_answer(service, list(vectors), stats, accepted)
-    return answer(service, _embedding_list(vectors, request.encoding_format, service.name, stats), headers_of(stats))
+    head = {"object": "list", "model": service.name, "usage": usage_of(stats), **detail_field(stats, query)}
+    items = in_places(_items(vectors, request.encoding_format), stats.errors, _unembedded)
+    return answer(service, _embedding_list(head, items), headers_of(stats))
 
 
 @model_router.get("/models", include_in_schema=False)
@@ -104,7 +135,7 @@ async def models(service: ServiceOf) -> ModelList:
 
 
 @model_router.get("/models/{name:path}", include_in_schema=False)
-@model_router.get("/v1/models/{name:path}")
+@model_router.get("/v1/models/{name:path}", responses=errors(ErrorEnvelope, [404]))
 async def model(name: str, service: ServiceOf) -> Model:
     """The model of that name."""
     if name.strip("/") != service.name.strip("/"):
@@ -134,13 +165,18 @@ def _prompt_for(input_type: str | None, prompts: Mapping[str, str]) -> str | Non
     return next((name for names in kinds for name in names if name in prompts), None)
 
 
-def _embedding_list(vectors: Array, encoding_format: str | None, name: str, stats: Stats) -> Iterator[bytes]:
-    usage = usage_of(stats)
-    yield json_bytes({"object": "list", "model": name, "usage": usage})[:-1] + b',"data":'
-    yield from json_list(
-        {"object": "embedding", "index": index, "embedding": number_list(vector, encoding_format)}
-        for index, vector in enumerate(vectors)
-    )
+def _items(vectors: Array, encoding_format: str | None) -> Iterator[dict[str, Any]]:
+    for index, vector in enumerate(vectors):
+        yield {"object": "embedding", "index": index, "embedding": number_list(vector, encoding_format)}
+
+
+def _unembedded(place: int, error: ServiceError) -> dict[str, Any]:
+    return {"object": "error", "index": place, "embedding": [], **refusal(error.status, error.word, error.message)[1]}
+
+
+def _embedding_list(head: Mapping[str, Any], items: Iterable[Any]) -> Iterator[bytes]:
+    yield json_bytes(head)[:-1] + b',"data":'
+    yield from json_list(items)
     yield b"}"
 
 

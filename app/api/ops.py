@@ -5,11 +5,14 @@ from typing import Any
 from fastapi import APIRouter, Response
 
 from app.api.json_route import ServiceOf
+from app.api.responses import ANYWHERE, ErrorBody, Responses, errors
 from app.errors import NotReady
 
 router = APIRouter(tags=["operations"])
 
-_DOWN: dict[int | str, dict[str, Any]] = {503: {"description": "not able to answer"}}
+_PLAIN: Responses = {200: {"content": {"text/plain": {}}}}
+_PUBLIC = errors(ErrorBody, [413, 500])
+_DOWN = _PUBLIC | errors(ErrorBody, [503], changed={503: "not able to answer"})
 
 
 @router.get("/health", response_class=Response, responses=_DOWN)
@@ -28,13 +31,13 @@ async def ready(service: ServiceOf) -> Response:
     return Response()
 
 
-@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+@router.get("/metrics", response_class=Response, responses=_PLAIN | _PUBLIC)
 async def metrics(service: ServiceOf) -> Response:
     """Prometheus's text format."""
     return Response(service.metrics.exposition(), media_type="text/plain; version=0.0.4")
 
 
-@router.get("/info")
+@router.get("/info", responses=errors(ErrorBody, ANYWHERE))
 async def info(service: ServiceOf) -> dict[str, Any]:
     """What is served and what was decided at start."""
     return service.info()

@@ -7,12 +7,15 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Response
 from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr
 
-from app.api.answers import Usage, errors, json_answer, usage_of
+from app.api.answers import best_first, detail_field, failed_last, json_answer, usage_of
+from app.api.fields import PerText, PerTextQuery, examples
 from app.api.json_route import JsonRoute, ServiceOf
+from app.api.responses import ANSWERED, ANYWHERE, ENCODED, READ, TextDetail, Usage, errors
+from app.errors import ServiceError
 from app.service import Scoring, Service
 
 
-class ErrorBody(BaseModel):
+class RerankError(BaseModel):
     """Every refusal on these routes."""
 
     message: str
@@ -24,9 +27,11 @@ def refusal(status: int, word: str, message: str) -> tuple[int, Mapping[str, Any
     return status, {"message": message, "error_type": word}
 
 
-_ERRORS = errors(ErrorBody, {400: "the query or a document is empty", 424: "the model is no reranker"})
+_SAID: Mapping[int | str, str] = {400: "the query or a document is empty", 424: "the model is no reranker"}
 
-router = APIRouter(tags=["rerank"], responses=_ERRORS, route_class=JsonRoute)
+router = APIRouter(
+    tags=["rerank"], responses=ANSWERED | errors(RerankError, ANYWHERE, READ, ENCODED, changed=_SAID), route_class=JsonRoute
+)
 
 Positive = Annotated[StrictInt, Field(ge=1)]
 
@@ -36,6 +41,8 @@ class Document(BaseModel):
 
 
 class DocumentsRequest(BaseModel):
+    model_config = examples({"query": "a fruit", "documents": ["apple", {"text": "car"}], "top_n": 2, "return_documents": True})
+
     query: StrictStr
     documents: list[StrictStr | Document]
     top_n: Positive | None = Field(None, description="how many of the best to answer; default: all")
@@ -50,36 +57,46 @@ class Result(BaseModel):
     document: Document | None = None
 
 
+class UnrankedDocument(RerankError):
+    """A document that failed, with `partial`: after those that have a score."""
+
+    index: int
+
+
 class Results(BaseModel):
     id: str
-    results: list[Result]
+    results: list[Result | UnrankedDocument]
     meta: dict[str, Any]
     usage: Usage
     model: str
+    details: list[TextDetail] | None = None
 
 
 @router.post("/v1/rerank", response_model=Results)
-async def rerank_v1(request: DocumentsRequest, service: ServiceOf) -> Response:
+async def rerank_v1(request: DocumentsRequest, service: ServiceOf, query: PerTextQuery) -> Response:
     """The documents by how well they answer the query, the best first."""
-    return await rerank(request, service, "1")
+    return await rerank(request, service, query, "1")
 
 
 @router.post("/v2/rerank", response_model=Results)
-async def rerank_v2(request: DocumentsRequest, service: ServiceOf) -> Response:
+async def rerank_v2(request: DocumentsRequest, service: ServiceOf, query: PerTextQuery) -> Response:
     """The same in version 2 of Cohere's API."""
-    return await rerank(request, service, "2")
+    return await rerank(request, service, query, "2")
 
 
-async def rerank(request: DocumentsRequest, service: Service, version: str) -> Response:
+async def rerank(request: DocumentsRequest, service: Service, query: PerText, version: str) -> Response:
     texts = [item if isinstance(item, str) else item.text for item in request.documents]
-    scores, stats = await service.rerank(request.query, texts, Scoring(max_second=request.max_tokens_per_doc))
-    best = (-scores).argsort(kind="stable")[: request.top_n]
+    scoring = Scoring(partial=query.partial, max_second=request.max_tokens_per_doc)
+    scores, stats = await service.rerank(request.query, texts, scoring)
+    best = best_first(scores, stats.errors)[: request.top_n]
+    results = [_result(place, scores[place], texts if request.return_documents else None) for place in best]
     answer = {
         "id": str(uuid.uuid4()),
-        "results": [_result(place, scores[place], texts if request.return_documents else None) for place in best],
+        "results": failed_last(results, stats.errors, _unranked),
         "meta": {"api_version": {"version": version}, "billed_units": {"search_units": 1}},
         "usage": usage_of(stats),
         "model": service.name,
+        **detail_field(stats, query),
     }
     return json_answer(service, answer, stats)
 
@@ -87,3 +104,7 @@ async def rerank(request: DocumentsRequest, service: Service, version: str) -> R
 def _result(place: int, score: Any, texts: Sequence[str] | None) -> dict[str, Any]:
     document = {} if texts is None else {"document": {"text": texts[place]}}
     return {"index": place, "relevance_score": score, **document}
+
+
+def _unranked(place: int, error: ServiceError) -> dict[str, Any]:
+    return {"index": place, **refusal(error.status, error.word, error.message)[1]}

@@ -7,42 +7,48 @@ from fastapi import APIRouter, Response
 from pydantic import BaseModel, Field, StrictBool, StrictStr
 
 from app.api.answers import (
-    BINARY,
-    ERRORS,
     Accepted,
-    ErrorBody,
-    TextDetail,
     answer,
     array_answer,
+    best_first,
     check_json_only,
+    error_body,
+    failed_last,
     headers_of,
     in_places,
     json_answer,
     number_list,
     with_details,
 )
-from app.api.fields import HABITS, Common, Finished, Ids, Inputs, Output, PerText, PerTextQuery, Pooled, Side, as_list
+from app.api.fields import HABITS, Common, Finished, Ids, Inputs, Output, PerText, PerTextQuery, Pooled, Side, as_list, examples
 from app.api.json_route import JsonRoute, ServiceOf
+from app.api.responses import ANSWERED, ANYWHERE, BINARY, CUT, ENCODED, READ, ErrorBody, TextDetail, errors
 from app.errors import EmptyInput, InvalidInput
 from app.inputs import Encoding, Input, Token
 from app.render import json_sparse
 from app.service import Embedding, Scoring
 from model.vectors import Array, FloatArray, Metric
 
-_NOT_ACCEPTABLE: dict[int | str, dict[str, Any]] = {
-    406: {"model": ErrorBody, "description": "octets of matrices of several shapes"}
-}
+_NOT_ACCEPTABLE = errors(ErrorBody, [406])
 
-router = APIRouter(tags=["embed"], responses=ERRORS, route_class=JsonRoute)
+router = APIRouter(tags=["embed"], responses=ANSWERED | errors(ErrorBody, ANYWHERE, READ, ENCODED), route_class=JsonRoute)
+tokenizer_router = APIRouter(tags=["embed"], responses=CUT | errors(ErrorBody, ANYWHERE, READ), route_class=JsonRoute)
 
 Vector = list[float]
+Vectors = list[Vector | ErrorBody] | list[str | ErrorBody]
 
 
 class EmbedRequest(Finished, Output):
+    model_config = examples({"inputs": ["hello", "world"], "dimensions": 16}, {"inputs": "hello", "encoding_format": "base64"})
+
     inputs: Inputs
 
 
 class EmbedAllRequest(Common, Output):
+    model_config = examples(
+        {"inputs": "river bank", "return_tokens": True}, {"inputs": ["a", "river bank"], "encoding_format": "base64"}
+    )
+
     inputs: Inputs
     return_tokens: StrictBool | None = Field(None, description="name the token that each row stands for")
 
@@ -64,11 +70,18 @@ class SimilarityParameters(Pooled):
 
 
 class SimilarityRequest(BaseModel):
+    model_config = examples(
+        {"inputs": {"source_sentence": "a fruit", "sentences": ["apple", "car"]}},
+        {"inputs": {"a": ["a fruit"], "b": ["apple", "car"]}, "parameters": {"metric": "dot"}},
+    )
+
     inputs: OneToMany | ManyToMany
     parameters: SimilarityParameters | None = None
 
 
 class EmbedSparseRequest(Common):
+    model_config = examples({"inputs": ["hello", "world"]})
+
     inputs: Inputs
 
 
@@ -79,6 +92,13 @@ class Weight(BaseModel):
     value: float
 
 
+class SparseEmbeddings(BaseModel):
+    """The answer of /embed_sparse with `details`."""
+
+    embeddings: list[list[Weight] | ErrorBody]
+    details: list[TextDetail]
+
+
 class Scored(BaseModel):
     """Options of routes that score texts."""
 
@@ -86,12 +106,14 @@ class Scored(BaseModel):
     truncation_direction: Side | None = Field(None, description="the side on which a long text is cut")
     raw_scores: StrictBool | None = Field(None, description="true: what the classifier gives, without sigmoid or softmax")
 
-    def scoring(self) -> Scoring:
-        side = self.truncation_direction or "right"
-        return Scoring(on_overflow=HABITS.get(self.truncate), side=side, raw=bool(self.raw_scores))
+    def scoring(self, query: PerText) -> Scoring:
+        side, habit = self.truncation_direction or "right", HABITS.get(self.truncate)
+        return Scoring(on_overflow=habit, side=side, partial=query.partial, raw=bool(self.raw_scores))
 
 
 class PredictRequest(Scored):
+    model_config = examples({"inputs": [["a good film"], ["a premise", "a hypothesis"]]}, {"inputs": "a good film"})
+
     inputs: StrictStr | list[StrictStr] | list[list[StrictStr]] = Field(
         description="a text, a list of one text, a list of two: one pair, or a list of such lists"
     )
@@ -102,7 +124,19 @@ class Prediction(BaseModel):
     label: str
 
 
+Predictions = list[Prediction] | list[list[Prediction] | ErrorBody]
+
+
+class PredictionsWithDetails(BaseModel):
+    """The answer of /predict with `details`."""
+
+    predictions: Predictions
+    details: list[TextDetail]
+
+
 class RerankRequest(Scored):
+    model_config = examples({"query": "a fruit", "texts": ["apple", "car"], "return_text": True})
+
     query: StrictStr
     texts: list[StrictStr]
     return_text: StrictBool | None = None
@@ -114,13 +148,30 @@ class Rank(BaseModel):
     score: float
 
 
+class Unranked(ErrorBody):
+    """A text that failed, with `partial`: after those that have a score."""
+
+    index: int
+
+
+class Ranks(BaseModel):
+    """The answer of /rerank with `details`."""
+
+    ranks: list[Rank | Unranked]
+    details: list[TextDetail]
+
+
 class TokenizeRequest(BaseModel):
+    model_config = examples({"inputs": "hello world"})
+
     inputs: StrictStr | list[StrictStr]
     add_special_tokens: StrictBool | None = None
     prompt_name: StrictStr | None = None
 
 
 class DecodeRequest(BaseModel):
+    model_config = examples({"ids": [5, 6]}, {"ids": [[5], [6]]})
+
     ids: Ids | list[Ids]
     skip_special_tokens: StrictBool | None = None
 
@@ -171,7 +222,7 @@ class ScoresWithDetails(BaseModel):
     details: list[TextDetail]
 
 
-@router.post("/embed", response_model=list[Vector | ErrorBody] | list[str | ErrorBody] | Embeddings, responses=BINARY)
+@router.post("/embed", response_model=Vectors | Embeddings, responses=BINARY | _NOT_ACCEPTABLE)
 async def embed(request: EmbedRequest, service: ServiceOf, query: PerTextQuery, accepted: Accepted) -> Response:
     """One vector per text, as a list also for one text. In base64, one text per vector."""
     check_json_only(query, accepted)
@@ -179,7 +230,7 @@ async def embed(request: EmbedRequest, service: ServiceOf, query: PerTextQuery, 
     vectors, stats = await service.embed(as_list(request.inputs), options)
     if accepted != "application/json":
         return array_answer(service, list(vectors), stats, accepted)
-    rows = in_places([number_list(row, request.encoding_format) for row in vectors], stats.details)
+    rows = in_places([number_list(row, request.encoding_format) for row in vectors], stats.errors)
     return answer(service, with_details("embeddings", rows, stats, query), headers_of(stats))
 
 
@@ -199,7 +250,7 @@ async def embed_all(request: EmbedAllRequest, service: ServiceOf, query: PerText
         return array_answer(service, matrices, stats, accepted)
     rows = tokens if with_tokens else [None] * len(matrices)
     items = (_matrix(matrix, row, request.encoding_format) for matrix, row in zip(matrices, rows, strict=True))
-    return answer(service, with_details("embeddings", in_places(items, stats.details), stats, query), headers_of(stats))
+    return answer(service, with_details("embeddings", in_places(items, stats.errors), stats, query), headers_of(stats))
 
 
 @router.post("/similarity", response_model=Scores | ScoresWithDetails)
@@ -210,31 +261,34 @@ async def similarity(request: SimilarityRequest, service: ServiceOf, query: PerT
     inputs = request.inputs
     a, b = ([inputs.source_sentence], inputs.sentences) if isinstance(inputs, OneToMany) else (inputs.a, inputs.b)
     scores, stats = await service.similarity(a, b, options, parameters.metric or "cosine")
-    of_a, of_b = stats.details[: len(a)], stats.details[len(a) :]
+    of_a, of_b = stats.errors[: len(a)], stats.errors[len(a) :]
     if isinstance(inputs, ManyToMany):
         results = in_places((in_places(row, of_b) for row in scores), of_a)
-    elif of_a[0].error:
-        raise of_a[0].error  # without it there is no score, and it has no place of its own
+    elif of_a[0]:
+        raise of_a[0]  # without it there is no score, and it has no place of its own
     else:
         results = in_places(scores[0], of_b)
     return answer(service, with_details("scores", results, stats, query), headers_of(stats))
 
 
-@router.post("/embed_sparse", response_model=list[list[Weight]])
-async def embed_sparse(request: EmbedSparseRequest, service: ServiceOf) -> Response:
+@router.post("/embed_sparse", response_model=list[list[Weight] | ErrorBody] | SparseEmbeddings)
+async def embed_sparse(request: EmbedSparseRequest, service: ServiceOf, query: PerTextQuery) -> Response:
     """The tokens of the vocabulary that each text stands for, with their weights; zeros are left out."""
-    rows, stats = await service.embed_sparse(as_list(request.inputs), Encoding(**request.encoding(PerText())))
-    return answer(service, json_sparse(rows), headers_of(stats))
+    rows, stats = await service.embed_sparse(as_list(request.inputs), Encoding(**request.encoding(query)))
+    results = in_places(map(json_sparse, rows), stats.errors)
+    return answer(service, with_details("embeddings", results, stats, query), headers_of(stats))
 
 
-@router.post("/predict", response_model=list[Prediction] | list[list[Prediction]])
-async def predict(request: PredictRequest, service: ServiceOf) -> Response:
+@router.post("/predict", response_model=Predictions | PredictionsWithDetails)
+async def predict(request: PredictRequest, service: ServiceOf, query: PerTextQuery) -> Response:
     """The score of each label, the highest first: a list for one text or pair, a list of lists for a list of lists."""
     batch = isinstance(request.inputs, list) and not all(isinstance(item, str) for item in request.inputs)
     inputs: Sequence[Any] = request.inputs if batch else [request.inputs]
-    scores, stats = await service.predict([_text_or_pair(item) for item in inputs], request.scoring())
+    scoring = request.scoring(query if batch else PerText(details=query.details))  # a lone text has no place in its answer
+    scores, stats = await service.predict([_text_or_pair(item) for item in inputs], scoring)
     rows = [_predictions(service.config.labels, row) for row in scores]
-    return json_answer(service, rows if batch else rows[0], stats)
+    results = in_places(rows, stats.errors) if batch else rows[0]
+    return answer(service, with_details("predictions", results, stats, query), headers_of(stats))
 
 
 def _text_or_pair(item: str | Sequence[str]) -> Input:
@@ -250,16 +304,17 @@ def _predictions(labels: Sequence[str], row: FloatArray) -> list[dict[str, Any]]
     return [{"score": row[place], "label": labels[place]} for place in (-row).argsort(kind="stable")]
 
 
-async def rerank(request: RerankRequest, service: ServiceOf) -> Response:
+async def rerank(request: RerankRequest, service: ServiceOf, query: PerTextQuery) -> Response:
     """The texts by how well they answer the query, the best first."""
-    scores, stats = await service.rerank(request.query, request.texts, request.scoring())
-    ranks = [{"index": place, "score": scores[place]} for place in (-scores).argsort(kind="stable")]
+    scores, stats = await service.rerank(request.query, request.texts, request.scoring(query))
+    ranks = [{"index": place, "score": scores[place]} for place in best_first(scores, stats.errors)]
     if request.return_text:
         ranks = [{**rank, "text": request.texts[rank["index"]]} for rank in ranks]
-    return json_answer(service, ranks, stats)
+    ranks = failed_last(ranks, stats.errors, lambda place, error: {"index": place, **error_body(error)})
+    return answer(service, with_details("ranks", ranks, stats, query), headers_of(stats))
 
 
-@router.post("/tokenize", response_model=list[list[SimpleToken]])
+@tokenizer_router.post("/tokenize", response_model=list[list[SimpleToken]])
 async def tokenize(request: TokenizeRequest, service: ServiceOf) -> Response:
     """The tokens of each text with their places in it, in characters; nothing is cut."""
     texts = [request.inputs] if isinstance(request.inputs, str) else request.inputs
@@ -270,7 +325,7 @@ async def tokenize(request: TokenizeRequest, service: ServiceOf) -> Response:
     )
 
 
-@router.post("/decode", response_model=list[str])
+@tokenizer_router.post("/decode", response_model=list[str])
 async def decode(request: DecodeRequest, service: ServiceOf) -> Response:
     """The text of each list of token ids."""
     rows: list[Any] = [request.ids] if request.ids and isinstance(request.ids[0], int) else request.ids

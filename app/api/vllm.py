@@ -5,24 +5,27 @@ from http import HTTPStatus
 from typing import Any, Literal
 
 from fastapi import APIRouter, Response
-from pydantic import BaseModel, StrictStr
+from pydantic import BaseModel, Field, StrictStr
 
-from app.api.answers import Usage, errors, json_answer, vllm_list
+from app.api.answers import in_places, json_answer, vllm_list
+from app.api.fields import PerTextQuery, examples
 from app.api.json_route import JsonRoute, ServiceOf
+from app.api.responses import ANSWERED, ANYWHERE, ENCODED, TextDetail, Usage, errors
+from app.errors import ServiceError
 from app.service import Scoring
 
 
-class Problem(BaseModel):
+class ScoreProblem(BaseModel):
     message: str
     type: str
     param: str | None
     code: int
 
 
-class ErrorBody(BaseModel):
+class ScoreError(BaseModel):
     """Every refusal on these routes."""
 
-    error: Problem
+    error: ScoreProblem
 
 
 def refusal(status: int, word: str, message: str) -> tuple[int, Mapping[str, Any]]:
@@ -34,12 +37,14 @@ def refusal(status: int, word: str, message: str) -> tuple[int, Mapping[str, Any
 
 router = APIRouter(
     tags=["score"],
-    responses=errors(ErrorBody, {400: "the request is invalid", 422: None, "default": "any other refusal"}),
+    responses=ANSWERED | errors(ScoreError, ANYWHERE, ENCODED, [400, "default"], changed={400: "the request is invalid"}),
     route_class=JsonRoute,
 )
 
 
 class ScoreRequest(BaseModel):
+    model_config = examples({"text_1": "a fruit", "text_2": ["apple", "car"]})
+
     text_1: StrictStr | list[StrictStr]
     text_2: StrictStr | list[StrictStr]
 
@@ -50,20 +55,32 @@ class Score(BaseModel):
     score: float
 
 
+class Unscored(ScoreError):
+    """A pair that failed, with `partial`."""
+
+    index: int
+    object: Literal["error"]
+
+
 class Scores(BaseModel):
     id: str
     object: Literal["list"]
     created: int
     model: str
-    data: list[Score]
+    data: list[Score | Unscored]
     usage: Usage
+    details: list[TextDetail] | None = Field(None, description="of each pair; with an embedder of each text, text_1 first")
 
 
 @router.post("/score", response_model=Scores)
 @router.post("/v1/score", response_model=Scores)
-async def score(request: ScoreRequest, service: ServiceOf) -> Response:
+async def score(request: ScoreRequest, service: ServiceOf, query: PerTextQuery) -> Response:
     """How well texts go together, one with one, one with many, or pair by pair; with an embedder, their cosine."""
     a, b = ([texts] if isinstance(texts, str) else texts for texts in (request.text_1, request.text_2))
-    scores, stats = await service.score(a, b, Scoring())
-    data = [{"index": place, "object": "score", "score": score} for place, score in enumerate(scores)]
-    return json_answer(service, vllm_list("score", data, service, stats), stats)
+    scores, errors, stats = await service.score(a, b, Scoring(partial=query.partial))
+    data = ({"index": place, "object": "score", "score": score} for place, score in enumerate(scores))
+    return json_answer(service, vllm_list("score", in_places(data, errors, _unscored), service, stats, query), stats)
+
+
+def _unscored(place: int, error: ServiceError) -> dict[str, Any]:
+    return {"index": place, "object": "error", **refusal(error.status, error.word, error.message)[1]}

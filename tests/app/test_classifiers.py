@@ -66,6 +66,18 @@ def test_what_was_saved_is_found_by_others_and_after_a_change(tmp_path, store):
             call("a.b-c_D")
 
 
+def test_a_file_that_does_not_say_how_long_texts_were_read_is_of_cut_ones(tmp_path, store):
+    store.save("old", classifier())
+    path = tmp_path / "classifiers/old.safetensors"
+    card = json.loads(store.find("old").card.model_dump_json(exclude={"on_overflow"}))
+    head = store.find("old").head
+    path.write_bytes(
+        safetensors.numpy.save({"weights": head.weights, "bias": head.bias}, metadata={"classifier": json.dumps(card)})
+    )
+    assert "on_overflow" not in card
+    assert store.find("old").card.on_overflow == "truncate"
+
+
 def test_the_same_classifier_gives_the_same_bytes(tmp_path, store):
     store.save("a", classifier())
     store.save("b", classifier())

@@ -134,6 +134,61 @@ def test_a_label_with_one_example_is_not_judged_and_any_string_is_a_label(server
     assert probabilities(server, "x", classifier="lone").shape == (1, 4)
 
 
+@pytest.mark.parametrize("choice", [{"classifier": "tickets"}, {"labels": ["billing", "delivery"]}])
+def test_token_ids_are_the_text_that_they_stand_for(server, fitted, choice):
+    texts = UNSEEN[:2]
+    framed = [[token["id"] for token in row] for row in server.post("/tokenize", inputs=texts).json()]
+    for ids in (framed, [framed[0], texts[1]], [framed[0][1:-1], framed[1]]):
+        np.testing.assert_array_equal(probabilities(server, ids, **choice), probabilities(server, texts, **choice))
+    alone = probabilities(server, framed[0], **choice)
+    np.testing.assert_allclose(alone, probabilities(server, texts[:1], **choice), atol=1e-6)
+
+
+@pytest.mark.parametrize("choice", [{"classifier": "tickets"}, {"labels": ["billing", "delivery"]}])
+def test_details_and_errors_stand_in_the_places_of_texts(server, fitted, choice):
+    body = {"input": ["Why?", "", [30522]], **choice}
+    answer = server.client.post("/classify?details=true&partial=true", json=body).json()
+    good, *bad = answer["data"]
+    np.testing.assert_allclose(good["probs"], probabilities(server, "Why?", **choice)[0], atol=1e-6)
+    assert [(one["index"], one["error_type"]) for one in bad] == [(1, "Empty"), (2, "Validation")]
+    assert [detail["tokens"] for detail in answer["details"]] == [4, 0, 0]
+
+
+LONG_TEXTS = [text * 30 for text in ("so very happy ", "sad, so sad ", "glad of it all ", "it makes me cry ")]
+
+
+@pytest.mark.parametrize("habit", ["truncate", "split"])
+def test_a_long_text_is_read_in_a_fit_as_in_a_question(make_checkpoint, tmp_path, habit):
+    model = make_checkpoint(max_position_embeddings=64, initializer_range=0.3)
+    examples = [{"text": text, "label": label} for text, label in zip(LONG_TEXTS, "xyxy", strict=True)]
+    with running_server(model=model, data_dir=tmp_path, on_overflow=habit) as server:
+        cut = 4 if habit == "truncate" else 0
+        by_habit = put(server, "habit", examples)
+        assert (by_habit["on_overflow"], by_habit["truncated"]) == (habit, cut)
+        assert put(server, "asked", examples, on_overflow=habit)["truncated"] == cut
+    with running_server(model=model, data_dir=tmp_path) as server:  # whatever its own habit is
+        reference = LogisticRegression(C=_INVERSE_PENALTY, max_iter=1000)
+        reference.fit(embedded(server, LONG_TEXTS, on_overflow=habit), list("xyxy"))
+        wanted = reference.predict_proba(embedded(server, LONG_TEXTS, on_overflow=habit))
+        for name in ("habit", "asked"):
+            np.testing.assert_allclose(probabilities(server, LONG_TEXTS, classifier=name), wanted, rtol=0, atol=1e-5)
+        other = probabilities(server, LONG_TEXTS, classifier="habit", on_overflow="split" if cut else "truncate")
+        assert abs(other - wanted).max() > 1e-3
+        refused = server.client.put("/classifiers/habit", json={"examples": examples[:2], "on_overflow": "error"})
+        is_refused(refused, 422, "examples[0].text: the text has")
+        is_refused(server.post("/classify", input=LONG_TEXTS, classifier="habit", truncate=False), 422, "inputs[0] has")
+
+
+def test_an_example_that_no_question_may_have_is_refused(make_checkpoint, tmp_path):
+    options = {"model": make_checkpoint(max_position_embeddings=64), "max_request_tokens": 100, "max_queue_tokens": 200}
+    with running_server(data_dir=tmp_path, on_overflow="split", **options) as server:
+        few = [{"text": "a b c " * 10, "label": label} for label in "xyxyxyxyxyxyxy"]  # of more tokens than a request's together
+        put(server, "few", few)
+        refused = server.client.put("/classifiers/few", json={"examples": [*few, {"text": "a " * 101, "label": "x"}]})
+        is_refused(refused, 413, "examples[14].text: 105 tokens to encode")
+        assert server.client.get("/classifiers/few").json()["counts"] == {"x": 7, "y": 7}
+
+
 def test_labels_by_their_names_are_a_softmax_of_scaled_cosines(server):
     labels, texts = ["billing", "delivery", "technical problem"], [ticket["text"] for ticket in tickets()]
     for options in ({}, {"template": "A text about {}!", "pooling": "cls"}):

@@ -50,6 +50,22 @@ def test_openai_embeddings(client, encoding_format):
     assert answer.model == MINILM
 
 
+@pytest.mark.parametrize("encoding_format", [openai.omit, "float"])
+def test_openai_reads_errors_in_their_places_and_keeps_details(client, encoding_format):
+    query = {"partial": True, "details": True}
+    answer = client.embeddings.create(
+        model="any", input=["hello", "", TEXTS[1]], extra_query=query, encoding_format=encoding_format
+    )
+    good, bad, last = answer.data
+    assert_golden([good.embedding, last.embedding], VECTORS[:2])
+    assert (bad.object, bad.index, bad.embedding) == ("error", 1, [])
+    problem = {"message": "an input is empty; wanted a text", "type": "invalid_request_error", "param": None, "code": None}
+    assert bad.model_extra == {"error": problem}
+    details = answer.model_extra["details"]
+    assert details[:2] == [{"tokens": 3, "truncated": False, "pieces": 1}, {"tokens": 0, "truncated": False, "pieces": 0}]
+    assert sum(detail["tokens"] for detail in details) == answer.usage.prompt_tokens
+
+
 async def test_openai_embeddings_async(server):
     async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
         answer = await client.embeddings.create(model="any", input="hello", dimensions=32)

@@ -313,6 +313,106 @@ def test_score_as_vllm(reranker: Served, masked: Served, path: str, case: str) -
     np.testing.assert_allclose([one["score"] for one in answer["data"]], cosines, rtol=0, atol=1e-5)
 
 
+# Per text ------------------------------------------------------------------------------------------------------------
+
+
+def asked(served: Served, path: str, query: str, /, **body: Any) -> Any:
+    response = served.server.client.post(f"{path}?{query}", json=body)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+BOTH = "details=true&partial=true"
+NOTHING = {"tokens": 0, "truncated": False, "pieces": 0}
+
+
+def whole(count: int) -> dict[str, Any]:
+    return {"tokens": count, "truncated": False, "pieces": 1}
+
+
+@pytest.mark.parametrize("path", ["/predict", "/", "/invocations"])
+def test_a_bad_text_or_pair_is_an_error_among_predictions(single: Served, path: str) -> None:
+    inputs = [["a"], [""], ["a", ""], ["a", LONG], ["b"]]
+    answer = asked(single, path, BOTH, inputs=inputs, truncate=False)
+    first, *bad, last = answer["predictions"]
+    assert [first, last] == single.ok("/predict", inputs=[["a"], ["b"]])
+    assert [error["error_type"] for error in bad] == ["Empty", "Empty", "Validation"]
+    assert answer["details"] == [whole(3), NOTHING, NOTHING, NOTHING, whole(3)]
+    assert asked(single, path, "details=true", inputs=inputs[:1]) == {"predictions": [first], "details": [whole(3)]}
+
+
+def test_a_lone_text_has_details_but_no_place_for_an_error(single: Served) -> None:
+    answer = asked(single, "/predict", BOTH, inputs=TEXTS[0])
+    assert (answer["predictions"], len(answer["details"])) == (single.ok("/predict", inputs=TEXTS[0]), 1)
+    assert single.server.client.post("/predict?partial=true", json={"inputs": ""}).status_code == 400
+
+
+def test_a_bad_text_is_an_error_among_sparse_vectors(sparse: Served) -> None:
+    inputs = [TEXTS[0], "", [99999], LONG]
+    answer = asked(sparse, "/embed_sparse", BOTH, inputs=inputs, on_overflow="error")
+    assert answer["embeddings"][0] == sparse.ok("/embed_sparse", inputs=TEXTS[0])[0]
+    assert [error["error_type"] for error in answer["embeddings"][1:]] == ["Empty", "Validation", "Validation"]
+    assert answer["details"][1:] == [NOTHING] * 3
+    (long,) = asked(sparse, "/", "details=true", inputs=LONG)["details"]
+    assert long == {"tokens": 512, "truncated": True, "pieces": 1}
+
+
+@pytest.mark.parametrize("path", ["/rerank", "/"])
+def test_texts_that_fail_come_after_those_that_are_ranked(reranker: Served, path: str) -> None:
+    answer = asked(reranker, path, BOTH, query="q", texts=["", "b", LONG, "a"], truncate=False, return_text=True)
+    good = reranker.ok("/rerank", query="q", texts=["b", "a"])
+    assert [one["index"] for one in answer["ranks"]] == [*(1 + 2 * one["index"] for one in good), 0, 2]
+    assert [one["score"] for one in answer["ranks"][:2]] == [one["score"] for one in good]
+    assert [one.get("error_type") for one in answer["ranks"]] == [None, None, "Empty", "Validation"]
+    assert answer["details"] == [NOTHING, whole(5), NOTHING, whole(5)]
+
+
+@pytest.mark.parametrize("path", ["/v1/rerank", "/v2/rerank", "/rerank"])
+def test_documents_that_fail_come_after_the_best(reranker: Served, path: str) -> None:
+    answer = asked(reranker, path, BOTH, query="q", documents=["", "b", {"text": ""}, "a"], top_n=1)
+    (good,) = reranker.ok(path, query="q", documents=["b", "a"], top_n=1)["results"]
+    best, *failed = answer["results"]
+    assert best == {**good, "index": 1 + 2 * good["index"]}
+    assert failed == [{"index": place, "message": "an input is empty; wanted a text", "error_type": "Empty"} for place in (0, 2)]
+    assert answer["details"] == [NOTHING, whole(5), NOTHING, whole(5)]
+
+
+@pytest.mark.parametrize("path", ["/score", "/v1/score"])
+@pytest.mark.parametrize("name", ["reranker", "masked"])
+def test_a_bad_text_fails_its_pair(name: str, path: str, request: pytest.FixtureRequest) -> None:
+    served = request.getfixturevalue(name)
+    answer = asked(served, path, BOTH, text_1=["a", "", "c"], text_2=["x", "y", ""])
+    first, *bad = answer["data"]
+    assert first == served.ok(path, text_1="a", text_2="x")["data"][0]
+    problem = {"message": "an input is empty; wanted a text", "type": "BadRequestError", "param": None, "code": 400}
+    assert bad == [{"index": place, "object": "error", "error": problem} for place in (1, 2)]
+    assert sum(detail["tokens"] for detail in answer["details"]) == answer["usage"]["prompt_tokens"]
+    assert len(answer["details"]) == (3 if name == "reranker" else 6)
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "body"),
+    [
+        ("reranker", "/rerank", {"query": "", "texts": ["a", "b"]}),
+        ("reranker", "/v1/rerank", {"query": "", "documents": ["a", "b"]}),
+        ("reranker", "/score", {"text_1": "", "text_2": ["a", "b"]}),
+        ("masked", "/score", {"text_1": "", "text_2": ["a", "b"]}),
+    ],
+)
+def test_what_all_results_need_has_no_place_for_an_error(name: str, path: str, body: Any, request: pytest.FixtureRequest) -> None:
+    response = request.getfixturevalue(name).server.client.post(f"{path}?partial=true", json=body)
+    assert response.status_code == 400
+    assert "empty" in message_of(response)
+
+
+def test_a_bad_text_is_an_error_among_classes(single: Served) -> None:
+    answer = asked(single, "/classify", BOTH, input=["a", "", [99999]])
+    assert answer["labels"] == LABELS
+    assert answer["data"][0] == single.ok("/classify", input="a")["data"][0]
+    assert [(one["index"], one["error_type"]) for one in answer["data"][1:]] == [(1, "Empty"), (2, "Validation")]
+    assert answer["details"] == [whole(3), NOTHING, NOTHING]
+
+
 # Refusals ------------------------------------------------------------------------------------------------------------
 
 GOOD: dict[str, dict[str, Any]] = {

@@ -7,8 +7,6 @@ import pytest
 from servers import running_server
 
 from app.main import JSON_ROUTES, create_api, refusal
-from app.metrics import Metrics
-from app.settings import Settings
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 LONG = "word " * 1000
@@ -73,6 +71,16 @@ def test_both_dialects_give_the_same_vectors_and_headers(server, path, inputs):
     np.testing.assert_allclose(rows[0], server.post("/embed", inputs="hello").json()[0], rtol=0, atol=2e-6)
     assert response.headers["x-truncated"] == "1"
     assert response.headers["x-compute-tokens"] == "259"
+
+
+def test_details_and_errors_have_no_place_in_arrays(server):
+    for query in ("details=true", "partial=true"):
+        headers = {"accept": "application/octet-stream"}
+        assert_refused(server.client.post(f"/v1/embeddings?{query}", json={"input": "a"}, headers=headers), 400, "no place in")
+
+
+def test_partial_does_not_excuse_ids_of_another_vocabulary(server):
+    assert_refused(server.client.post("/v1/embeddings?partial=true", json={"input": ["a", FOREIGN]}), 400, "check_embedding")
 
 
 def test_the_answer_is_what_the_api_has(server):
@@ -186,5 +194,7 @@ def test_the_docs_page_and_the_banner_know_the_prefix(prefixed):
 
 
 def test_every_json_route_is_reached_directly():
-    paths = create_api(Settings(), Metrics(), None, refusal).openapi()["paths"]
-    assert {path for path, methods in paths.items() if "post" in methods} <= {route.path for route in JSON_ROUTES}
+    paths = create_api(refusal).openapi()["paths"]
+    with_body = {path for path, methods in paths.items() if "requestBody" in methods.get("post", {})}
+    assert with_body <= {route.path for route in JSON_ROUTES}
+    assert len(with_body) > 15

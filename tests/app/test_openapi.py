@@ -1,0 +1,230 @@
+"""What OpenAPI says of the server is what the server does: schemathesis over real sockets, against each kind of model."""
+
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import httpx
+import pytest
+import schemathesis
+from checkpoints import MINILM, save_checkpoint
+from fastapi import Response
+from hypothesis import HealthCheck, settings
+from schemathesis import Case
+from schemathesis.specs.openapi import checks
+from servers import RunningServer, running_server
+
+from app import errors
+from app.main import create_api, refusal
+from app.service import ROUTES
+
+CHECKS = [
+    schemathesis.checks.not_a_server_error,
+    checks.content_type_conformance,
+    checks.response_schema_conformance,
+    checks.response_headers_conformance,
+]
+KINDS: dict[str, dict[str, Any]] = {
+    "embedder": {},
+    "classifier": {"architecture": "BertForSequenceClassification", "num_labels": 3},
+    "reranker": {"architecture": "BertForSequenceClassification", "num_labels": 1},
+    "sparse": {"architecture": "BertForMaskedLM"},
+}
+PAGE = create_api(refusal).openapi()
+OPERATIONS = [(method.upper(), path) for path, methods in PAGE["paths"].items() for method in methods]
+FIT = ("PUT", "/classifiers/{name}")
+
+
+def described(**generation: Any) -> schemathesis.BaseSchema:
+    """Our page as schemathesis reads it; the same requests at each run."""
+    schema = schemathesis.openapi.from_dict(PAGE, config=schemathesis.Config(seed=1))
+    schema.config.generation.update(**generation)
+    return schema
+
+
+def paths_of(kind: str) -> list[str]:
+    """What a model of that kind answers, and not every other."""
+    return ["/", "/invocations", *ROUTES[kind].split(", ")]
+
+
+SCHEMA = described()
+few = settings(max_examples=10, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+
+
+def serve(kind: str, factory: pytest.TempPathFactory, **options: Any) -> Iterator[RunningServer]:
+    folder = save_checkpoint(factory.mktemp(kind), **KINDS[kind])
+    options |= {"pooling": "splade"} if kind == "sparse" else {}
+    with running_server(model=folder, threads=1, served_model_name=MINILM, data_dir=factory.mktemp("data"), **options) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def embedder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    yield from serve("embedder", tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    yield from serve("classifier", tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def reranker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    yield from serve("reranker", tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    yield from serve("sparse", tmp_path_factory)
+
+
+def check(case: Case, server: RunningServer) -> None:
+    response = case.call(base_url=server.url)
+    case.validate_response(response, checks=CHECKS)
+    if case.method == case.operation.method:  # other methods are tried too, and get 405
+        assert str(response.status_code) in PAGE["paths"][case.operation.path][case.method.lower()]["responses"]
+
+
+@SCHEMA.exclude(method="PUT").parametrize()
+@few
+def test_an_embedder_answers_as_documented(case, embedder):
+    check(case, embedder)
+
+
+@described(modes=["negative"]).include(method="PUT").parametrize()  # each good one is a fit, and takes a second
+@few
+def test_bad_fits_are_refused_as_documented(case, embedder):
+    check(case, embedder)
+
+
+@SCHEMA.include(path=paths_of("classifier")).parametrize()
+@few
+def test_a_classifier_answers_as_documented(case, classifier):
+    check(case, classifier)
+
+
+@SCHEMA.include(path=paths_of("reranker")).parametrize()
+@few
+def test_a_reranker_answers_as_documented(case, reranker):
+    check(case, reranker)
+
+
+@SCHEMA.include(path=paths_of("sparse")).parametrize()
+@few
+def test_a_sparse_embedder_answers_as_documented(case, sparse):
+    check(case, sparse)
+
+
+# What is documented is answered -------------------------------------------------------------------------------------------
+
+
+def examples_of(path: str, method: str = "post") -> list[Any]:
+    """The bodies that the page shows for a route."""
+    schemas = [
+        PAGE["paths"][path][method].get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema", {})
+    ]
+    found = []
+    while schemas:
+        schema = schemas.pop()
+        found += schema.get("examples", [])
+        schemas += schema.get("oneOf", []) + schema.get("anyOf", [])
+        schemas += [PAGE["components"]["schemas"][schema["$ref"].rsplit("/", 1)[1]]] if "$ref" in schema else []
+    return found
+
+
+def with_a_bad_text(body: dict[str, Any]) -> dict[str, Any]:
+    """The same with an empty text at the end of its list, if it has one."""
+    lists = (name for name in ("inputs", "input", "texts", "documents", "text_2") if isinstance(body.get(name), list))
+    return body | {name: [*body[name], [""] if isinstance(body[name][0], list) else ""] for name in lists}
+
+
+def check_answer(response: httpx.Response, path: str, method: str = "POST") -> None:
+    SCHEMA[path][method].validate_response(response)
+    assert str(response.status_code) in PAGE["paths"][path][method.lower()]["responses"]
+
+
+QUERIES = ("", "details=true", "partial=true", "details=true&partial=true")
+
+
+@pytest.mark.parametrize(("kind", "path"), [(kind, path) for kind in KINDS for path in paths_of(kind)])
+def test_every_example_is_answered_in_every_documented_way(kind: str, path: str, request: pytest.FixtureRequest) -> None:
+    client = request.getfixturevalue(kind).client
+    bodies = [body for body in examples_of(path) if path != "/classify" or ("labels" in body) == (kind == "embedder")]
+    assert bodies
+    for body in bodies:
+        for query in QUERIES:
+            spoilt = with_a_bad_text(body) if "partial" in query and path not in ("/", "/invocations") else body
+            response = client.post(f"{path}?{query}", json=spoilt)
+            assert response.status_code == 200, response.text
+            check_answer(response, path)
+        for accept in PAGE["paths"][path]["post"]["responses"]["200"]["content"]:
+            response = client.post(path, json=body, headers={"accept": accept})
+            check_answer(response, path)
+            assert response.status_code == 406 or kind != "embedder" or response.headers["content-type"] == accept
+
+
+def test_arrays_have_no_place_for_details(embedder: RunningServer) -> None:
+    for path in ("/embed", "/embed_all", "/v1/embeddings", "/", "/invocations"):
+        for query in QUERIES[1:]:
+            headers = {"accept": "application/safetensors"}
+            response = embedder.client.post(f"{path}?{query}", json=examples_of(path)[0], headers=headers)
+            assert response.status_code == (400 if path.startswith("/v1") else 406)
+            check_answer(response, path)
+
+
+def test_every_route_without_examples_answers_as_documented(embedder: RunningServer) -> None:
+    (examples,) = examples_of(FIT[1], "put")
+    check_answer(embedder.client.put("/classifiers/mood", json=examples), *FIT[::-1])
+    for method, path in OPERATIONS:
+        if method in ("GET", "DELETE"):
+            at = path.replace("{name}", "mood" if "classifiers" in path else MINILM)
+            response = embedder.client.request(method, at)
+            assert response.status_code == 200
+            check_answer(response, path, method)
+
+
+# Refusals -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """A server with a key that takes small bodies only."""
+    yield from serve("embedder", tmp_path_factory, api_key="sesame", admin_key="of an operator", max_body_bytes=1000)
+
+
+PUBLIC = ("/health", "/ready", "/metrics")
+
+
+@pytest.mark.parametrize(("method", "path"), OPERATIONS)
+def test_every_route_refuses_a_wrong_key_and_a_large_body_as_documented(strict: RunningServer, method: str, path: str) -> None:
+    at = path.replace("{name}", "a")
+    response = strict.client.request(method, at, json={"inputs": "a"})
+    if path not in PUBLIC:
+        assert response.status_code == 401
+        check_answer(response, path, method)
+    key = "of an operator" if path.startswith("/admin/") else "sesame"
+    response = strict.client.request(method, at, json={"inputs": "a" * 1000}, headers={"authorization": f"Bearer {key}"})
+    assert response.status_code == 413
+    check_answer(response, path, method)
+
+
+TREE = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.ServiceError)]
+
+
+@pytest.mark.parametrize(("method", "path"), OPERATIONS)
+def test_every_documented_refusal_is_what_its_dialect_answers(method: str, path: str) -> None:
+    documented = {int(status) for status in PAGE["paths"][path][method.lower()]["responses"] if status.isdigit()} - {200}
+    refused = set()
+    for kind in TREE:
+        answer = refusal(kind("what was found", retry_after=3), {"type": "http", "path": path})
+        if answer.status_code in documented:
+            check_answer(as_received(answer), path, method)
+            refused.add(answer.status_code)
+    assert refused == documented
+
+
+def as_received(answer: Response) -> httpx.Response:
+    request = httpx.Request("GET", "http://localhost")
+    response = httpx.Response(answer.status_code, headers=answer.raw_headers, content=answer.body, request=request)
+    response.elapsed = timedelta()
+    return response
