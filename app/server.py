@@ -50,11 +50,19 @@ class Server(uvicorn.Server):
         self._loop.call_soon_threadsafe(self._on_signal)
 
     def _on_signal(self) -> None:
-        (self._forced if self._closing.is_set() else self._closing).set()
+        if self._closing.is_set():
+            self._forced.set()
+        self._close()
+
+    def _close(self) -> None:
+        """Let nothing new in. uvicorn's main loop comes to `shutdown` within a tenth of a second."""
+        self._closing.set()
         self.should_exit = True
+        for connection in self._connections():
+            connection.answer_last()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._closing.set()
+        self._close()
         drained = asyncio.ensure_future(self._drain(sockets))
         forced = asyncio.ensure_future(self._forced.wait())
         await asyncio.wait((drained, forced), timeout=self._grace, return_when=asyncio.FIRST_COMPLETED)
@@ -65,8 +73,6 @@ class Server(uvicorn.Server):
 
     async def _drain(self, sockets: list[socket.socket] | None) -> None:
         """Answer what is inside, then close the port and every connection."""
-        for connection in self._connections():
-            connection.answer_last()
         if accepted := set(self.server_state.tasks):
             await asyncio.wait(accepted)
         await super().shutdown(sockets)
