@@ -74,9 +74,9 @@ def main() -> None:
     """Read one order, answer it, end; or end as soon as nobody waits for the answer."""
     for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the API process decides when to stop
         signal.signal(number, signal.SIG_IGN)
-    os.nice(_NICENESS)
     sock = socket.socket(fileno=int(sys.argv[1]))
     end_with_parent(sock)
+    os.nice(_NICENESS)
     order = frames.receive(sock)
     if order is None:
         return

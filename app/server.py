@@ -57,8 +57,14 @@ class Server(uvicorn.Server):
     def _on_signal(self) -> None:
         if self._serving.closing.is_set():
             self._forced.set()
+        self._close()
+
+    def _close(self) -> None:
+        """Let nothing new in. uvicorn's main loop comes to `shutdown` within a tenth of a second."""
         self._serving.close()
         self.should_exit = True
+        for connection in self._connections():
+            connection.answer_last()
 
     def _on_hangup(self) -> None:
         reload = self._loop.create_task(self._serving.reload_or_log())
@@ -66,7 +72,7 @@ class Server(uvicorn.Server):
         reload.add_done_callback(self._reloads.discard)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._serving.close()
+        self._close()
         drained = asyncio.ensure_future(self._drain(sockets))
         forced = asyncio.ensure_future(self._forced.wait())
         await asyncio.wait((drained, forced), timeout=self._grace, return_when=asyncio.FIRST_COMPLETED)
@@ -77,8 +83,6 @@ class Server(uvicorn.Server):
 
     async def _drain(self, sockets: list[socket.socket] | None) -> None:
         """Answer what is inside, then close the port and every connection."""
-        for connection in self._connections():
-            connection.answer_last()
         if accepted := set(self.server_state.tasks):
             await asyncio.wait(accepted)
         await super().shutdown(sockets)
