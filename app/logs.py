@@ -1,6 +1,5 @@
 """The log: one line a record on standard error, JSON or text, written by a thread so that nobody waits for a reader."""
 
-import contextlib
 import json
 import logging
 import os
@@ -105,8 +104,8 @@ class TextFormatter(logging.Formatter):
 
 
 def _known(record: logging.LogRecord) -> Mapping[str, Any]:
-    """What is told beside the message: the mapping that a message of named places is filled from."""
-    return record.args if isinstance(record.args, Mapping) else {}
+    """What we tell beside the message: the mapping that a message of named places is filled from."""
+    return record.args if isinstance(record.args, Mapping) and record.name.startswith("bertd.") else {}
 
 
 def _value(value: object) -> str:
@@ -154,7 +153,7 @@ class Writer(logging.Handler):
         if self._lines.qsize() >= _MOST_LINES:
             self._dropped += 1
         else:
-            self._lines.put(self.format(record))
+            self._lines.put(self._line(record))
 
     def close(self) -> None:
         """Write what waits; at exit `logging` calls this."""
@@ -168,17 +167,21 @@ class Writer(logging.Handler):
         lines: list[str | None] = []
         while None not in lines:
             lines = [self._lines.get()]
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    lines.append(self._lines.get_nowait())
-            if self._dropped > told:
-                lines.insert(0, self._gap(self._dropped - told))
+            lines += [self._lines.get() for _ in range(self._lines.qsize())]
+            if self._dropped > told:  # since the queue was full: they came after all of these
+                lines.append(self._note(f"{self._dropped - told} lines are missing here: standard error was not read in time"))
                 told = self._dropped
             self._write("".join(f"{line}\n" for line in lines if line is not None).encode(errors="backslashreplace"))
 
-    def _gap(self, count: int) -> str:
-        message = f"{count} lines are missing here: standard error was not read fast enough"
-        return self.format(logging.LogRecord("bertd.log", logging.WARNING, "", 0, message, None, None))
+    def _line(self, record: logging.LogRecord) -> str:
+        try:
+            return self.format(record)
+        except Exception as error:  # whoever logs something that can't be put together must not fail for it
+            return self._note(f"a line of {record.name} is missing here: {type(error).__name__}")
+
+    def _note(self, message: str) -> str:
+        """A line of our own."""
+        return self.format(logging.LogRecord("bertd.log", logging.WARNING, "", 0, "%s", (message,), None))
 
     def _write(self, data: bytes) -> None:
         while data:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from app.record import NO_ROUTE, RequestRecord
 from app.settings import Settings, SettingsError, variable
 
-_TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
+_TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-[!-~]*)?")
 _EXPORT_SECONDS = 3.0  # that one try may take, and that a stop waits for the last spans
 
 
@@ -77,7 +77,8 @@ class _Spans:
         parent = self._propagator.extract(carrier) if record.traceparent else None
         span = self._tracer.start_span(record.method, parent, self._api.SpanKind.SERVER)
         context = span.get_span_context()
-        record.traceparent = f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
+        if context.is_valid:  # as it isn't with OTEL_SDK_DISABLED
+            record.traceparent = f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
         return span
 
     def end(self, record: RequestRecord, span: Any) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import os
+import select
 import subprocess
 import sys
 import time
@@ -207,15 +208,30 @@ def test_lines_that_nobody_reads_are_dropped_and_counted(unread, blocking):
     os.set_blocking(writer._descriptor, blocking)
     for number in range(100):
         writer.handle(record_of("line %d", number))
-    told = b""
-    while b"missing" not in told:
-        told += os.read(reader, 65536)
-        writer.handle(record_of("later"))
-    lines = [json.loads(line)["message"] for line in told.lstrip(b"-").splitlines() if line.endswith(b"}")]
-    kept = [line for line in lines if line.startswith("line ")]
+        if number == 0:
+            time.sleep(0.02)  # by then the thread hangs on the first line
+    told = read_until(reader, b"missing").lstrip(b"-").decode()
+    *kept, gap = [json.loads(line)["message"] for line in told.splitlines()]
+    assert 10 <= len(kept) <= 20
     assert kept == [f"line {number}" for number in range(len(kept))]
-    (gap,) = [line for line in lines if "missing" in line]
-    assert 80 <= int(gap.split()[0]) <= 100
+    assert gap.startswith(f"{100 - len(kept)} lines are missing here")
+
+
+def read_until(reader, word):
+    """What a pipe gives, up to a line with that word in it."""
+    told = b""
+    while word not in told or not told.endswith(b"\n"):
+        assert select.select([reader], [], [], 20)[0], "nothing comes any more"
+        told += os.read(reader, 65536)
+    return told
+
+
+def test_a_call_that_can_not_be_put_together_fails_nobody(unread):
+    writer, reader = unread
+    writer.handle(record_of("%d", SECRET))
+    told = read_until(reader, b"bertd.test").decode()
+    assert "a line of bertd.test is missing here: TypeError" in told
+    assert SECRET not in told
 
 
 def test_an_exit_writes_what_waits_and_does_not_wait_for_a_reader(unread):
@@ -223,8 +239,7 @@ def test_an_exit_writes_what_waits_and_does_not_wait_for_a_reader(unread):
     writer.handle(record_of("the last line"))
     writer.close()
     assert writer._thread.is_alive()
-    while b"the last line" not in os.read(reader, 65536):
-        pass
+    read_until(reader, b"the last line")
     writer._thread.join(10)
     assert not writer._thread.is_alive()
 

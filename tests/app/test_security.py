@@ -76,14 +76,14 @@ def guarded(tmp_path_factory):
         yield Guarded(server, folder / "keys", folder / "log")
 
 
-def open_routes():
+def every_route():
     return [(method, path) for path, methods in create_api(refusal).openapi()["paths"].items() for method in methods]
 
 
 def test_every_route_but_a_few_wants_a_key(guarded):
     public = {path for path in PUBLIC if guarded.server.client.get(path).status_code == 200}
     assert public == {"/health", "/ready", "/docs", "/openapi.json"}
-    for method, path in [*open_routes(), ("get", "/nowhere"), ("delete", "/embed"), ("get", "/docs/x"), ("get", "/healthy")]:
+    for method, path in [*every_route(), ("get", "/nowhere"), ("delete", "/embed"), ("get", "/docs/x"), ("get", "/healthy")]:
         if path not in public:
             answer = guarded.server.client.request(method, path.replace("{name}", "name"))
             assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer"), path
@@ -219,7 +219,7 @@ def bad_bodies(body):
 
 def test_no_text_gets_into_the_log_a_metric_or_an_error(guarded):
     client = guarded.server.client
-    posts = [path for method, path in open_routes() if method == "post" and not path.startswith("/admin/")]
+    posts = [path for method, path in every_route() if method == "post" and not path.startswith("/admin/")]
     assert set(posts) == set(BODIES)
     for path in posts:
         for content in (json.dumps(BODIES[path]), *bad_bodies(BODIES[path])):
@@ -334,10 +334,11 @@ def test_neither_process_looks_for_another_host(tmp_path, monkeypatch):
 
 
 @pytest.mark.anyio
-async def test_every_origin_may_ask_where_all_are_allowed():
-    serving = SimpleNamespace(metrics=Metrics(), closing=asyncio.Event(), check_room=lambda: None)
+async def test_every_origin_may_ask_where_all_are_allowed_and_read_of_our_defects_too():
+    serving = SimpleNamespace(metrics=Metrics(), closing=asyncio.Event(), check_room=lambda: None)  # no service: a defect
     app = create_app(Settings(cors_origins="*", api_key="first"), serving)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://bertd") as client:
-        answer = await client.post("/embed", headers={"origin": ORIGIN})
-    assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (401, "*")
-    assert answer.headers["x-request-id"]
+        for status, headers in ((401, {}), (500, KEY)):
+            answer = await client.post("/embed", headers={**headers, "origin": ORIGIN}, json={"inputs": "a"})
+            assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (status, "*")
+            assert answer.headers["x-request-id"]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import time
@@ -164,9 +165,10 @@ def test_a_bad_option_is_one_clear_line():
 
 
 def test_info_prints_what_would_be_served(make_checkpoint):
-    done = run_bertd("info", "--model", make_checkpoint(), "--threads", 1)
+    done = run_bertd("info", "--model", make_checkpoint(), "--threads", 1, BERTD_API_KEY="sesame", BERTD_ADMIN_KEY="open")
     info = json.loads(done.stdout)
     assert (info["dimension"], info["threads"], info["model_type"]) == (32, 1, {"embedding": {"pooling": "cls"}})
+    assert not {"sesame", "open"} & set(re.findall(r"\w+", done.stdout + done.stderr))
 
 
 def test_embed_writes_what_the_server_answers(server, tmp_path):

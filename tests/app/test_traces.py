@@ -225,6 +225,8 @@ def test_a_valid_header_is_taken(header):
         [f"00-{TRACE[1:]}-{PARENT}-01"],
         [f"00-{TRACE}-{PARENT}"],
         [f"01-{TRACE}-{PARENT}-01what"],
+        [f"01-{TRACE}-{PARENT}-01-two words"],
+        [f"01-{TRACE}-{PARENT}-01-\xe9"],
     ],
 )
 def test_an_invalid_header_is_ignored(headers):
