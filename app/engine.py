@@ -91,6 +91,11 @@ class Engine:
         self._restarting: asyncio.Task[None] | None = None
 
     @property
+    def pid(self) -> int | None:
+        """The process, also one that has just ended; None before the first."""
+        return self._process.pid if self._process else None
+
+    @property
     def lanes(self) -> int:
         """Batches that the process runs at once."""
         return int(self.facts.get("lanes", 1))

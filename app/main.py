@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager, nullcontext
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
+from fastapi.routing import APIRoute
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Scope
@@ -66,6 +67,7 @@ def create_app(settings: Settings, service: Service | None = None) -> ASGIApp:
         metrics.refused.labels(error.word).inc()
         return refusal(error, scope)
 
+    metrics.expect(route.path for router in ROUTERS for route in router.routes if isinstance(route, APIRoute))
     api = create_api(settings, metrics, service, refuse)
     app: ASGIApp = DirectRoutes(api, JSON_ROUTES, refuse)
     app = CancelOnDisconnect(app)

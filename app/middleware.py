@@ -12,7 +12,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.errors import BodyTooLarge, NotFound, ServiceError
-from app.metrics import Metrics
+from app.metrics import NO_ROUTE, Metrics
 
 log = logging.getLogger("bertd.request")
 
@@ -56,7 +56,7 @@ class Observe:
             internal = ServiceError(f"internal error; the log has more under request id {request_id}")
             await self._refuse(internal, scope)(scope, receive, observed_send)
         finally:
-            route = getattr(scope.get("route"), "path", "none")  # the pattern: a client can't add a series
+            route = getattr(scope.get("route"), "path", NO_ROUTE)  # the pattern: a client can't add a series
             self._metrics.answered(route, status or 499, time.perf_counter() - start)
 
 

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from app.engine import BatchFailed, Engine, EngineDied, Results, State
 from app.errors import EngineError, NotReady, Overloaded, ServiceError
@@ -85,6 +86,7 @@ class Scheduler:
         self._mean_seconds = max_batch_tokens * len(engines) / self._rate
         self._draining = False
         self._pumping = False
+        self._show()
         for engine in engines:
             engine.on_change = self._on_engine_change
         self._on_engine_change()
@@ -132,6 +134,18 @@ class Scheduler:
             await asyncio.wait([job.done for job in self._jobs])
             await asyncio.sleep(0)
 
+    def _show(self) -> None:
+        """Tie to what is here the metrics that are asked for, and not counted."""
+        metrics = self._metrics
+        metrics.tokens_per_second.set_function(lambda: self._rate)
+        metrics.max_queue_tokens.set_function(lambda: self.max_queue_tokens)
+        metrics.engine_processes.pids = lambda: [engine.pid for engine in self._engines]
+        for state in State:
+            metrics.engine_state.labels(state).set_function(partial(self._engines_in, state))
+
+    def _engines_in(self, state: State) -> int:
+        return sum(engine.state is state for engine in self._engines)
+
     def _admit(self, tokens: int) -> None:
         if self._draining:
             raise NotReady("the server is stopping; send the request to another one", retry_after=1)
@@ -159,7 +173,6 @@ class Scheduler:
         job.waiting.clear()
 
     def _on_engine_change(self) -> None:
-        self._metrics.engine_ready.set(sum(engine.state is State.READY for engine in self._engines))
         restarts = sum(engine.restarts for engine in self._engines)
         self._metrics.engine_restarts.inc(restarts - self._restarts)
         self._restarts = restarts
@@ -247,7 +260,6 @@ class Scheduler:
         self._mean_seconds += weight * (end - self._since[engine] - self._mean_seconds)
         self._since[engine] = end
         self._rate = self._mean_tokens / self._mean_seconds * len(self._engines)
-        self._metrics.tokens_per_second.set(self._rate)
 
     def _settle_results(self, batch: list[Row], results: Results) -> None:
         if isinstance(results, list):

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 
 from app.api.json_route import ServiceOf
 from app.errors import NotReady
@@ -28,10 +28,14 @@ async def ready(service: ServiceOf) -> Response:
     return Response()
 
 
-@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
-async def metrics(service: ServiceOf) -> Response:
-    """Prometheus's text format."""
-    return Response(service.metrics.exposition(), media_type="text/plain; version=0.0.4")
+_EXPOSITIONS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {}, "application/openmetrics-text": {}}}}
+
+
+@router.get("/metrics", response_class=Response, responses=_EXPOSITIONS)
+async def metrics(request: Request, service: ServiceOf) -> Response:
+    """Prometheus's text format, or OpenMetrics where Accept asks for it, as Prometheus does."""
+    body, content_type = service.metrics.exposition(request.headers.get("accept", ""))
+    return Response(body, headers={"content-type": content_type})
 
 
 @router.get("/info")
