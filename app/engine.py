@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import numpy as np
 
 from app.errors import EngineError
 from app.frames import Frame, FrameProtocol, dump
+from model.cgroup import memory_limit
 from model.tokens import Tokens
 from model.vectors import FloatArray
 
@@ -166,7 +168,7 @@ class Engine:
         reason = hello.head.get("failed") if hello else None
         if hello is None or reason or self._transport is not transport:  # the last: it died as it said hello
             code = await self._reap()
-            raise EngineError(reason or f"the engine process ended with exit code {code} while it started")
+            raise EngineError(reason or _ending(code))
         self.facts = hello.head
         self.state = State.READY
         self.on_change()
@@ -224,6 +226,18 @@ class Engine:
     async def _reap(self) -> int | None:
         """Make sure that the process is gone; its exit code."""
         return await asyncio.to_thread(_end, self._process) if self._process else None
+
+
+def _ending(code: int | None) -> str:
+    """Why a process has ended that did not say so itself."""
+    if code != -signal.SIGKILL:
+        return f"the engine process ended with exit code {code} while it started"
+    limit = memory_limit()
+    room = "the machine has" if limit is None else f"the {limit >> 20} MiB that the container may use"
+    return (
+        f"the engine process was killed while it started, most likely because it needs more memory than {room}; "
+        "allow it more, or serve a smaller model"
+    )
 
 
 def _end(process: subprocess.Popen[bytes]) -> int:

@@ -17,6 +17,7 @@ from app.inputs import TOKENIZERS, Encoded, Encoding, Input, Item, Reader, Span,
 from app.metrics import Metrics
 from app.scheduler import Answer, Outcome, Scheduler
 from app.settings import Settings
+from model.cgroup import memory_limit
 from model.config import Kind, ModelConfig, PoolingMode, transformer_folder, weight_files, with_article
 from model.hub import digest, find_model
 from model.tokenizer import Tokenizer
@@ -304,6 +305,7 @@ class Service:
             "max_queue_tokens": self.scheduler.max_queue_tokens,
             "max_body_bytes": settings.max_body_bytes,
             "tokens_per_second": round(facts["tokens_per_second"]),
+            "memory_limit": memory_limit(),
         }
 
     def _model_type(self) -> dict[str, Any]:

@@ -1,16 +1,13 @@
 """What limits a process, in hierarchies of control groups of every shape, and under a real quota."""
 
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from groups import limited_group, python_in
 
 from model.cgroup import core_limit, memory_limit
 
-ROOT = Path(__file__).parents[2]
 V2 = "30 23 0:26 / {root} rw,nosuid - cgroup2 cgroup2 rw"
 CPU = "33 31 0:29 / {root}/cpu rw - cgroup cgroup rw,cpu"
 BOTH = "33 31 0:29 / {root}/cpu,cpuacct rw,nosuid shared:9 - cgroup cgroup rw,cpu,cpuacct"
@@ -105,45 +102,16 @@ def test_a_system_without_control_groups(tmp_path: Path) -> None:
     assert (core_limit(tmp_path), memory_limit(tmp_path)) == (None, None)
 
 
-@pytest.fixture
-def make_group() -> Iterator[Callable[..., Path]]:
-    """A function that makes a control group with limits on this machine; it skips the test where that is not allowed."""
-    made: list[Path] = []
-
-    def make(controller: str, **limits: object) -> Path:
-        top = Path("/sys/fs/cgroup")
-        one = top / controller
-        group = (one if one.is_dir() else top) / f"bertd-test-{os.getpid()}"
-        try:
-            group.mkdir()
-            made.append(group)
-            for name, value in limits[("v1" if one.is_dir() else "v2")].items():
-                (group / name).write_text(str(value))
-        except OSError as error:
-            pytest.skip(f"this machine gives no control group to a test: {error}")
-        return group
-
-    yield make
-    for group in made:
-        group.rmdir()
-
-
-def run_in(group: Path, code: str) -> str:
-    """What Python prints that runs in a control group."""
-    enter = f"open({str(group / 'cgroup.procs')!r}, 'w').write('0')\n"  # 0: whoever writes it
-    done = subprocess.run([sys.executable, "-c", enter + code], capture_output=True, text=True, check=True, cwd=ROOT)
-    return done.stdout.strip()
-
-
 @pytest.mark.system
-def test_threads_under_a_real_quota(make_group: Callable[..., Path]) -> None:
-    quota = {"cpu.cfs_period_us": 100_000, "cpu.cfs_quota_us": 150_000}
-    group = make_group("cpu", v1=quota, v2={"cpu.max": "150000 100000"})
+def test_threads_under_a_real_quota() -> None:
     code = "from model.cgroup import core_limit; from model.runner import available_cores; print(core_limit(), available_cores())"
-    assert run_in(group, code) == "1.5 1"
+    quota = {"cpu.cfs_period_us": 100_000, "cpu.cfs_quota_us": 150_000}
+    with limited_group("cpu", v1=quota, v2={"cpu.max": "150000 100000"}) as group:
+        assert python_in(group, "-c", code).stdout == "1.5 1\n"
 
 
 @pytest.mark.system
-def test_memory_under_a_real_limit(make_group: Callable[..., Path]) -> None:
-    group = make_group("memory", v1={"memory.limit_in_bytes": 2**28}, v2={"memory.max": 2**28})
-    assert run_in(group, "from model.cgroup import memory_limit; print(memory_limit())") == str(2**28)
+def test_memory_under_a_real_limit() -> None:
+    code = "from model.cgroup import memory_limit; print(memory_limit())"
+    with limited_group("memory", v1={"memory.limit_in_bytes": 2**28}, v2={"memory.max": str(2**28)}) as group:
+        assert python_in(group, "-c", code).stdout == f"{2**28}\n"
