@@ -1,4 +1,4 @@
-"""The command line: serve, info, embed, fit. Each calls the same functions as the server."""
+"""The command line: serve, info, embed, fit, health. Each calls the same functions as the server."""
 
 import argparse
 import asyncio
@@ -18,6 +18,7 @@ from app.settings import Settings, SettingsError
 _KEEP_ALIVE = 75  # seconds: longer than proxies and pools keep a connection, so that it is never closed under a request
 _UNLIMITED = 2**40
 _CHUNK = 512  # texts of a command in one submission
+_HEALTH_SECONDS = 3.0  # that `bertd health` waits; below what Docker and Kubernetes give a probe
 # Nobody else waits for the encoder of a command.
 _ALONE = {
     **dict.fromkeys(("max_queue_tokens", "max_request_tokens"), _UNLIMITED),
@@ -99,6 +100,24 @@ def info(settings: Settings) -> None:
         print(json.dumps(service.info(), indent=2))
 
     _with_service(settings, run)
+
+
+def health(settings: Settings) -> None:
+    """Ask the server with these settings whether it is well: a probe for containers."""
+    import http.client
+
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
+    connection = http.client.HTTPConnection(host, settings.port, timeout=_HEALTH_SECONDS)
+    try:
+        connection.request("GET", f"{settings.url_prefix or ''}/health")
+        answer = connection.getresponse()
+        body = answer.read().decode("utf-8", "replace")
+    except (OSError, http.client.HTTPException) as error:
+        raise Failure(f"no server answers on {host}:{settings.port} ({error}); is it still starting?") from None
+    finally:
+        connection.close()
+    if answer.status != 200:
+        raise Failure(f"the server on {host}:{settings.port} is not well: {answer.status} {body}")
 
 
 def embed(settings: Settings, file: Path, output: Path | None, **options: Any) -> None:
@@ -300,7 +319,7 @@ def _banner(facts: Mapping[str, Any], sock: socket.socket, prefix: str) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bertd", description="Text embeddings over HTTP from a BERT encoder.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (serve, info, embed, fit):
+    for command in (serve, info, embed, fit, health):
         about = (command.__doc__ or "").split("\n", 1)[0]
         sub = commands.add_parser(command.__name__, help=about, description=about)
         sub.set_defaults(command=command)
