@@ -36,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = vars(_parser().parse_args(arguments))
     command: Callable[..., None] = options.pop("command")
     flags = {name: options.pop(name) for name in Settings.model_fields if name in options}
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         settings = Settings.read(os.environ, {name: value for name, value in flags.items() if value is not None})
         logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
@@ -46,6 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"bertd: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _terminate(number: int, frame: object) -> None:
+    """End a command, or a server that still starts. Process 1 of a container has no default for a signal: it would ignore it."""
+    raise SystemExit(128 + number)
 
 
 def serve(settings: Settings) -> None:
