@@ -1,10 +1,11 @@
-"""The command line: serve, info, embed, fit. Each calls the same functions as the server."""
+"""The command line: serve, info, embed, fit, health. Each calls the same functions as the server."""
 
 import argparse
 import asyncio
 import json
 import logging
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ _KEEP_ALIVE = 75  # seconds: longer than proxies and pools keep a connection, so
 _UNLIMITED = 2**40
 _NO_TELEMETRY = {"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}  # read by libraries, in the engine's process too
 _CHUNK = 512  # texts of a command in one submission
+_HEALTH_SECONDS = 3.0  # that `bertd health` waits; below what Docker and Kubernetes give a probe
 # Nobody else waits for the encoder of a command.
 _ALONE = {
     **dict.fromkeys(("max_queue_tokens", "max_request_tokens"), _UNLIMITED),
@@ -34,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = vars(_parser().parse_args(arguments))
     command: Callable[..., None] = options.pop("command")
     flags = {name: options.pop(name) for name in Settings.model_fields if name in options}
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         settings = Settings.read(os.environ, {name: value for name, value in flags.items() if value is not None})
         logs.set_up(settings.log_level, settings.log_format)
@@ -45,6 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"bertd: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _terminate(number: int, frame: object) -> None:
+    """End a command, or a server that still starts. Process 1 of a container has no default for a signal: it would ignore it."""
+    raise SystemExit(128 + number)
 
 
 def serve(settings: Settings) -> None:
@@ -96,6 +104,24 @@ def info(settings: Settings) -> None:
         print(json.dumps(service.info(), indent=2))
 
     _with_service(settings, run)
+
+
+def health(settings: Settings) -> None:
+    """Ask the server with these settings whether it is well: a probe for containers."""
+    import http.client
+
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
+    connection = http.client.HTTPConnection(host, settings.port, timeout=_HEALTH_SECONDS)
+    try:
+        connection.request("GET", f"{settings.url_prefix or ''}/health")
+        answer = connection.getresponse()
+        body = answer.read().decode("utf-8", "replace")
+    except (OSError, http.client.HTTPException) as error:
+        raise Failure(f"no server answers on {host}:{settings.port} ({error}); is it still starting?") from None
+    finally:
+        connection.close()
+    if answer.status != 200:
+        raise Failure(f"the server on {host}:{settings.port} is not well: {answer.status} {body}")
 
 
 def embed(settings: Settings, file: Path, output: Path | None, **options: Any) -> None:
@@ -302,7 +328,7 @@ def _banner(facts: Mapping[str, Any], sock: socket.socket, prefix: str) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bertd", description="Text embeddings over HTTP from a BERT encoder.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (serve, info, embed, fit):
+    for command in (serve, info, embed, fit, health):
         about = (command.__doc__ or "").split("\n", 1)[0]
         sub = commands.add_parser(command.__name__, help=about, description=about)
         sub.set_defaults(command=command)

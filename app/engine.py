@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import numpy as np
 
 from app.errors import EngineError
 from app.frames import Frame, FrameProtocol, dump
+from model.cgroup import memory_limit
 from model.tokens import Tokens
 from model.vectors import FloatArray
 
@@ -98,6 +100,11 @@ class Engine:
         self._watch: asyncio.TimerHandle | None = None
 
     @property
+    def pid(self) -> int | None:
+        """The process, also one that has just ended; None before the first."""
+        return self._process.pid if self._process else None
+
+    @property
     def lanes(self) -> int:
         """Batches that the process runs at once."""
         return int(self.facts.get("lanes", 1))
@@ -123,6 +130,15 @@ class Engine:
         except EngineError:
             self.state = State.FAILED
             raise
+
+    async def check(self, task: str) -> None:
+        """Raises EngineError where the encoder gives what is no number, as with weights that were damaged."""
+        try:
+            results = await self.run(task, [Tokens.of([0])], alone=True)
+        except (EngineDied, BatchFailed) as error:
+            raise EngineError(f"the encoder failed on a first text ({error})") from None
+        if not all(np.isfinite(row).all() for row in results):
+            raise EngineError("the encoder gives values that are not numbers: the weights are damaged, take another checkpoint")
 
     def run(self, task: str, rows: Sequence[Tokens], alone: bool = False) -> "asyncio.Future[Results]":
         """Hand over a batch; only while there is `room`. The task is one of `model.config.Task`, or "hidden" for matrices.
@@ -172,7 +188,7 @@ class Engine:
         reason = hello.head.get("failed") if hello else None
         if hello is None or reason or self._transport is not transport:  # the last: it died as it said hello
             code = await self._reap()
-            raise EngineError(reason or f"the engine process ended with exit code {code} while it started")
+            raise EngineError(reason or _ending(code))
         if self.facts and self.facts.get("files") != hello.head.get("files"):
             transport.close()
             raise EngineError("the files of the checkpoint are not those that this server started with; reload or restart it")
@@ -271,6 +287,18 @@ class Engine:
     async def _reap(self) -> int | None:
         """Make sure that the process is gone; its exit code."""
         return await asyncio.to_thread(_end, self._process) if self._process else None
+
+
+def _ending(code: int | None) -> str:
+    """Why a process has ended that did not say so itself."""
+    if code != -signal.SIGKILL:
+        return f"the engine process ended with exit code {code} while it started"
+    limit = memory_limit()
+    room = "the machine has" if limit is None else f"the {limit >> 20} MiB that the container may use"
+    return (
+        f"the engine process was killed while it started, most likely because it needs more memory than {room}; "
+        "allow it more, or serve a smaller model"
+    )
 
 
 def _end(process: subprocess.Popen[bytes]) -> int:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
+from fastapi.routing import APIRoute
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Scope
@@ -67,6 +68,7 @@ def create_app(settings: Settings, serving: Serving, tracer: Tracer | None = Non
     route is reached without the dozen layers that only other routes need.
     """
     refuse = counted_refusal(serving.metrics)
+    serving.metrics.expect(route.path for router in ROUTERS for route in router.routes if isinstance(route, APIRoute))
     app: ASGIApp = DirectRoutes(create_api(refuse), JSON_ROUTES, refuse)
     app = EnterCurrent(app, serving)
     app = Deadline(app, settings.request_timeout, refuse)

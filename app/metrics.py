@@ -1,16 +1,37 @@
 """Every Prometheus metric, declared once, made anew for each app."""
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
-_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
-_POWERS = tuple(float(2**n) for n in range(15))
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    disable_created_metrics,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from app.errors import ServiceError
+from app.record import NO_ROUTE
+
+_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_POWERS = tuple(float(2**n) for n in range(17))
 STAGES = ("tokenize", "queue", "infer", "render")
 
 
 class Metrics:
-    """Counters of one app. Labels take values from closed lists only: no client can add a series."""
+    """Counters of one app. Labels take values from closed lists only: no client can add a series.
+
+    What can be known is there from the first scrape, as 0: a rate over a series that is new begins with its second sample.
+    """
 
     def __init__(self) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # the time at which each series was made: as many series again, which nobody asks for
         registry = self.registry = CollectorRegistry()
         self.requests = Counter("bertd_requests", "Requests answered", ["route", "status"], registry=registry)
         self.request_seconds = Histogram(
@@ -25,27 +46,73 @@ class Metrics:
         self.truncated = Counter("bertd_truncated_texts", "Texts that were cut", registry=registry)
         self.queue_rows = Gauge("bertd_queue_rows", "Rows that wait", registry=registry)
         self.queue_tokens = Gauge("bertd_queue_tokens", "Tokens that wait", registry=registry)
+        self.max_queue_tokens = Gauge("bertd_max_queue_tokens", "Tokens that may wait", registry=registry)
         self.batch_rows = Histogram("bertd_batch_rows", "Rows in a batch", buckets=_POWERS, registry=registry)
         self.batch_tokens = Histogram("bertd_batch_tokens", "Tokens in a batch", buckets=_POWERS, registry=registry)
         self.tokens_per_second = Gauge("bertd_tokens_per_second", "Measured rate of the engine", registry=registry)
-        self.engine_ready = Gauge("bertd_engine_ready", "Engines that take batches", registry=registry)
+        self.engine_state = Gauge("bertd_engine_state", "Engines in each state", ["state"], registry=registry)
         self.engine_restarts = Counter("bertd_engine_restarts", "Engines started anew after a death", registry=registry)
+        self.engine_processes = EngineProcesses()
+        registry.register(self.engine_processes)
         self.model_info = Gauge(
             "bertd_model_info", "What is served; always 1", ["model", "sha256", "dtype", "device"], registry=registry
         )
+        ProcessCollector(registry=registry)
+        PlatformCollector(registry=registry)
         # Looked up once: a lookup of labels costs more than an observation, and every request makes half a dozen.
         self.stages = {stage: self.stage_seconds.labels(stage) for stage in STAGES}
         self._answered: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
+        for reason in sorted(_words(ServiceError)):
+            self.refused.labels(reason)
+        self.expect([NO_ROUTE])
+
+    def expect(self, routes: Iterable[str]) -> None:
+        """Show the series of these routes before their first request."""
+        for route in routes:
+            self._children(route, 200)
 
     def answered(self, route: str, status: int, seconds: float) -> None:
         """Count one request."""
+        requests, request_seconds = self._children(route, status)
+        requests.inc()
+        request_seconds.observe(seconds)
+
+    def exposition(self, accept: str = "") -> tuple[bytes, str]:
+        """All metrics, and their content type: OpenMetrics where the client's Accept has it, else Prometheus's text format."""
+        encode, content_type = choose_encoder(accept)
+        return encode(self.registry), content_type
+
+    def _children(self, route: str, status: int) -> tuple[Counter, Histogram]:
         children = self._answered.get((route, status))
         if children is None:
             children = self.requests.labels(route, str(status)), self.request_seconds.labels(route)
             self._answered[route, status] = children
-        children[0].inc()
-        children[1].observe(seconds)
+        return children
 
-    def exposition(self) -> bytes:
-        """All metrics in Prometheus's text format."""
-        return generate_latest(self.registry)
+
+class EngineProcesses(Collector):
+    """What /proc says of the engines' processes, each time it is asked; `pids` gives them, None for one that is not there."""
+
+    def __init__(self) -> None:
+        self.pids: Callable[[], Sequence[int | None]] = lambda: ()
+
+    def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
+        memory = GaugeMetricFamily("bertd_engine_resident_memory_bytes", "Memory of an engine's process", labels=["engine"])
+        cpu = CounterMetricFamily("bertd_engine_cpu_seconds", "CPU time of an engine's process", labels=["engine"])
+        for number, pid in enumerate(self.pids()):
+            found = {family.name: family.samples[0].value for family in _process(pid)}
+            if found:
+                memory.add_metric([str(number)], found["process_resident_memory_bytes"])
+                cpu.add_metric([str(number)], found["process_cpu_seconds"])
+        yield memory
+        yield cpu
+
+
+def _process(pid: int | None) -> Iterable[Metric]:
+    """What prometheus_client reads of a process; nothing where it is gone."""
+    return ProcessCollector(pid=lambda: str(pid), registry=None).collect()
+
+
+def _words(kind: type[ServiceError]) -> set[str]:
+    """The words of a branch of the tree of errors."""
+    return {kind.word}.union(*map(_words, kind.__subclasses__()))

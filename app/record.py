@@ -6,7 +6,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-NO_ROUTE = "none"  # of a request that fits no route
+NO_ROUTE = "none"  # of a request that fits no route, or was refused before one was found
 _PROBES = frozenset(("/health", "/ready", "/metrics"))
 
 

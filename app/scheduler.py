@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from app.engine import BatchFailed, Engine, EngineDied, Results, State
 from app.errors import EngineError, NotReady, Overloaded, ServiceError
@@ -89,7 +90,6 @@ class Scheduler:
         self._jobs: set[Job] = set()
         self._since: dict[Engine, float] = {}  # when each engine began to work, or ended its last batch
         self._restarts = 0
-        self._ready_engines = 0
         self._rows = 0
         self._tokens = 0
         self._ahead = 0  # tokens that come before those of a new short job, at most: a batch of each job, or what it has
@@ -150,6 +150,18 @@ class Scheduler:
         if self._rows and self._ahead + self.max_queue_tokens // _DOOR_SHARE > self.max_queue_tokens:
             raise self._refusal(self._ahead, "")
 
+    def show(self) -> None:
+        """Tie to what is here the metrics that are asked for, and not counted; those of another scheduler are no longer told."""
+        metrics = self._metrics
+        metrics.tokens_per_second.set_function(lambda: self._rate)
+        metrics.max_queue_tokens.set_function(lambda: self.max_queue_tokens)
+        metrics.engine_processes.pids = lambda: [engine.pid for engine in self._engines]
+        for state in State:
+            metrics.engine_state.labels(state).set_function(partial(self._engines_in, state))
+
+    def _engines_in(self, state: State) -> int:
+        return sum(engine.state is state for engine in self._engines)
+
     def _admit(self, tokens: int) -> None:
         if self._draining:
             raise NotReady("the server is stopping; send the request to another one", retry_after=1)
@@ -204,9 +216,6 @@ class Scheduler:
             job.waiting.clear()
 
     def _on_engine_change(self) -> None:
-        ready = sum(engine.state is State.READY for engine in self._engines)
-        self._metrics.engine_ready.inc(ready - self._ready_engines)  # another scheduler may count there, too
-        self._ready_engines = ready
         restarts = sum(engine.restarts for engine in self._engines)
         self._metrics.engine_restarts.inc(restarts - self._restarts)
         self._restarts = restarts
@@ -302,7 +311,6 @@ class Scheduler:
         self._mean_seconds += weight * (end - self._since[engine] - self._mean_seconds)
         self._since[engine] = end
         self._rate = self._mean_tokens / self._mean_seconds * len(self._engines)
-        self._metrics.tokens_per_second.set(self._rate)
 
     def _settle_results(self, batch: list[Row], results: Results) -> None:
         if isinstance(results, list):

@@ -18,6 +18,7 @@ from app.metrics import Metrics
 from app.record import current_record
 from app.scheduler import Answer, Outcome, Scheduler
 from app.settings import Settings
+from model.cgroup import memory_limit
 from model.config import Kind, ModelConfig, PoolingMode, transformer_folder, weight_files, with_article
 from model.hub import digest, find_model
 from model.tokenizer import Tokenizer
@@ -287,11 +288,6 @@ class Service:
         of_a = errors[: len(a)] if len(a) == len(b) else [None] * len(b)
         return cosines, [one or other for one, other in zip(of_a, errors[len(a) :], strict=True)], stats
 
-    async def check(self) -> None:
-        """Raises EngineError where the encoder gives what is no number, as with weights that were damaged."""
-        answer = await self.scheduler.submit([Tokens.of([0])], self.config.task)
-        _raise_first(answer.outcomes)
-
     async def tokenize(self, texts: Sequence[str], special_tokens: bool, prompt_name: str | None) -> list[list[Token]]:
         """The tokens of each text, nothing cut."""
         self._check_list(texts)
@@ -338,6 +334,7 @@ class Service:
             "max_queue_tokens": self.scheduler.max_queue_tokens,
             "max_body_bytes": settings.max_body_bytes,
             "tokens_per_second": round(facts["tokens_per_second"]),
+            "memory_limit": memory_limit(),
         }
 
     def _model_type(self) -> dict[str, Any]:
@@ -576,12 +573,11 @@ async def running_service(settings: Settings, metrics: Metrics) -> AsyncIterator
             asyncio.to_thread(digest, files), asyncio.to_thread(Tokenizer.from_folder, folder, config)
         )
         await starting
+        await asyncio.gather(*(engine.check(config.task) for engine in engines))
         batch_tokens = min(engine.facts["max_batch_tokens"] for engine in engines)
         scheduler = Scheduler(engines, metrics, batch_tokens, settings.max_queue_tokens)
         facts = {**engines[0].facts, "model": settings.model, "sha256": sha256, "tokenization_workers": TOKENIZERS}
-        service = Service(settings, config, tokenizer, scheduler, metrics, facts)
-        await service.check()
-        yield service
+        yield Service(settings, config, tokenizer, scheduler, metrics, facts)
         await scheduler.drain()
     finally:
         starting.cancel()

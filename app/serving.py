@@ -71,7 +71,7 @@ class Serving:
         self._settings = settings
         self._turn = asyncio.Lock()  # one reload at a time: each holds a second model in memory
         self._retiring: set[asyncio.Task[None]] = set()
-        self._tell_model()
+        self._show()
 
     async def reload(self) -> Replacement:
         """Serve what BERTD_MODEL names now. Raises Conflict, or BadCheckpoint when that can't be served: then nothing changes."""
@@ -84,7 +84,7 @@ class Serving:
             except (ModelError, ServiceError) as error:
                 raise BadCheckpoint(f"the checkpoint can't be served: {error}; the one before it goes on") from None
             former, self.current = self.current, following
-            self._tell_model()
+            self._show()
             retiring = asyncio.ensure_future(former.stop(self._settings.request_timeout))
             self._retiring.add(retiring)
             retiring.add_done_callback(self._retiring.discard)
@@ -112,7 +112,9 @@ class Serving:
         """End everything; what was accepted should have been answered."""
         await asyncio.gather(self.current.stop(), *self._retiring)
 
-    def _tell_model(self) -> None:
+    def _show(self) -> None:
+        """Have the metrics tell of the current service."""
+        self.current.service.scheduler.show()
         facts = self.current.service.facts
         self.metrics.model_info.clear()
         self.metrics.model_info.labels(facts["model"], facts["sha256"], facts["dtype"], facts["device"]).set(1)

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
+from model.cgroup import core_limit
 from model.config import PoolingChoice, Task
 from model.cpu import CpuRunner
 from model.cuda import CudaRunner
@@ -129,19 +130,10 @@ def _find_dtype(device: torch.device, name: str) -> torch.dtype:
 
 
 def available_cores() -> int:
-    """The cores that this process may use: its affinity, within the container's quota (cgroup v2, else v1)."""
+    """The cores that this process may use: its affinity, within the container's quota.
+
+    Rounded down: threads that use up a quota stand still, all of them, until its next period, and the API process lives on
+    what a fraction leaves over.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _cgroup_cores(Path("/sys/fs/cgroup"))
-    return max(1, min(cores, int(quota))) if quota else cores
-
-
-def _cgroup_cores(root: Path) -> float | None:
-    try:
-        quota, period = (root / "cpu.max").read_text().split()
-    except (OSError, ValueError):
-        try:
-            quota = (root / "cpu/cpu.cfs_quota_us").read_text()
-            period = (root / "cpu/cpu.cfs_period_us").read_text()
-        except OSError:
-            return None
-    return float(quota) / float(period) if quota.strip() not in ("max", "-1") else None
+    return max(1, min(cores, int(core_limit() or cores)))

@@ -50,7 +50,7 @@ def test_every_error_is_listed_with_its_status():
 
 def test_every_metric_is_listed():
     families = [family.name + ("_total" if family.type == "counter" else "") for family in Metrics().registry.collect()]
-    assert sorted(re.findall(r"^\| `(bertd_\w+)`", text_of("operations.md"), re.M)) == sorted(families)
+    assert sorted(re.findall(r"^\| `((?:bertd|process|python)_\w+)`", text_of("operations.md"), re.M)) == sorted(families)
 
 
 @pytest.mark.parametrize("module", ORDER)

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 LEVELS = {
     "model": [
-        {"errors", "tokens", "vectors", "chunks"},
+        {"errors", "tokens", "vectors", "chunks", "cgroup"},
         {"config"},
         {"batch", "hub", "checkpoint", "tokenizer", "windows"},
         {"attention", "pooling"},
@@ -22,8 +22,8 @@ LEVELS = {
         {"runner"},
     ],
     "app": [
-        {"settings", "errors", "metrics", "render", "frames", "negotiation", "lifeline", "record"},
-        {"engine", "compression", "classifiers", "fitting", "wire", "cors", "logs", "traces"},
+        {"settings", "errors", "render", "frames", "negotiation", "lifeline", "record"},
+        {"metrics", "engine", "compression", "classifiers", "fitting", "wire", "cors", "logs", "traces"},
         {"worker", "scheduler", "inputs"},
         {"service"},
         {"classification", "middleware"},

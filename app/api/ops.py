@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 
 from app.api.json_route import ServiceOf
 from app.api.responses import ANYWHERE, ErrorBody, Responses, errors
@@ -10,8 +10,8 @@ from app.errors import NotReady
 
 router = APIRouter(tags=["operations"])
 
-_PLAIN: Responses = {200: {"content": {"text/plain": {}}}}
-_PUBLIC = errors(ErrorBody, [413, 500])
+_EXPOSITIONS: Responses = {200: {"content": {"text/plain": {}, "application/openmetrics-text": {}}}}
+_PUBLIC = errors(ErrorBody, [408, 413, 422, 431, 500])
 _DOWN = _PUBLIC | errors(ErrorBody, [503], changed={503: "not able to answer"})
 
 
@@ -31,10 +31,11 @@ async def ready(service: ServiceOf) -> Response:
     return Response()
 
 
-@router.get("/metrics", response_class=Response, responses=_PLAIN | _PUBLIC)
-async def metrics(service: ServiceOf) -> Response:
-    """Prometheus's text format."""
-    return Response(service.metrics.exposition(), media_type="text/plain; version=0.0.4")
+@router.get("/metrics", response_class=Response, responses=_EXPOSITIONS | _PUBLIC)
+async def metrics(request: Request, service: ServiceOf) -> Response:
+    """Prometheus's text format, or OpenMetrics where Accept asks for it, as Prometheus does."""
+    body, content_type = service.metrics.exposition(request.headers.get("accept", ""))
+    return Response(body, headers={"content-type": content_type})
 
 
 @router.get("/info", responses=errors(ErrorBody, ANYWHERE))

@@ -55,7 +55,7 @@ def test_no_request_fails_or_is_answered_half_by_one_model_and_half_by_the_other
         models = [line for line in server.client.get("/metrics").text.splitlines() if line.startswith("bertd_model_info{")]
         assert len(models) == 1
         assert sha_of(server) in models[0]
-        assert "bertd_engine_ready 1.0" in server.client.get("/metrics").text
+        assert 'bertd_engine_state{state="ready"} 1.0' in server.client.get("/metrics").text
 
 
 def test_a_checkpoint_that_cannot_be_served_leaves_the_old_one_serving(link, tmp_path):
@@ -101,4 +101,4 @@ def test_weights_that_are_not_numbers_are_never_served(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     done = run_bertd("serve", "--port", 0, "--model", tmp_path)
     assert done.returncode == 1
-    assert "not a number" in done.stderr
+    assert "the weights are damaged" in done.stderr

@@ -12,7 +12,7 @@ from reference import random_rows
 from model.cpu import CpuRunner
 from model.encoder import Encoder
 from model.errors import UnsupportedModel
-from model.runner import _cgroup_cores, available_cores, make_runner, use_threads
+from model.runner import available_cores, make_runner, use_threads
 
 
 @pytest.fixture
@@ -38,24 +38,6 @@ def test_choices_are_told_and_kept(make_checkpoint: Callable[..., Path]) -> None
 def test_what_this_library_does_not_run(make_checkpoint: Callable[..., Path], options: dict[str, str]) -> None:
     with pytest.raises(UnsupportedModel, match="is not supported"):
         make_runner(make_checkpoint(), **options)
-
-
-@pytest.mark.parametrize(
-    ("files", "wanted"),
-    [
-        ({"cpu.max": "150000 100000\n"}, 1.5),
-        ({"cpu.max": "max 100000\n"}, None),
-        ({"cpu/cpu.cfs_quota_us": "400000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4.0),
-        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
-        ({"cpu.max": "broken\n"}, None),
-        ({}, None),
-    ],
-)
-def test_a_containers_quota(tmp_path: Path, files: dict[str, str], wanted: float | None) -> None:
-    for name, content in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(content)
-    assert _cgroup_cores(tmp_path) == wanted
 
 
 def test_there_is_always_a_core() -> None:
