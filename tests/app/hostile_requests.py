@@ -259,7 +259,14 @@ def chunks() -> Iterator[Case]:
         b"1\0",
     ):
         yield case({400, 408, 413}, chunked(size + b"\r\n" + TEXT + b"\r\n" + LAST + b"\r\n"))
-    for data in (b"1\r\nab\r\n", b"5\n12345\n", b"1\n\n", b"\r\n1\r\na\r\n", b"1\r\na0\r\n\r\n"):
+    for data in (
+        b"1\r\nab\r\n",
+        b"5\n12345\n",
+        b"1\n\n",
+        b"\r\n1\r\na\r\n",
+        b"1\r\na0\r\n\r\n",
+        b"%x\r\n%b" % (70_000, b" " * 70_001),
+    ):
         yield case({400}, chunked(data + LAST + b"\r\n"))
     for trailer in (b" zebra7: b", b"\xff: b", b"Content-Length: 5", b"Transfer-Encoding: x"):
         yield case({400}, chunked(ONE + LAST + trailer + b"\r\n\r\n"))
