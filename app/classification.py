@@ -188,7 +188,8 @@ class Classification:
         try:
             here = self._service.space(card.pooling, card.prompt_name)
         except ServiceError as error:
-            return f"can't be used with this model: {error.message}; {again}"
+            made = f"was fitted with pooling {card.pooling} and prompt {card.prompt_name!a}"
+            return f"{made}, and can't be used with this model: {error.message}; {again}"
         if (card.model, card.dimension) != (here.model, here.dimension):
             return f"belongs to another model: its SHA-256 is {card.model[:16]}…, served is {here.model[:16]}…; {again}"
         if (card.prompt_name, card.prompt) != (here.prompt_name, here.prompt):

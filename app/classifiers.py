@@ -145,10 +145,9 @@ class Store:
 
     def _path(self, name: str) -> Path:
         if not _is_name(name):
-            shown = ascii(name[:40])
             raise InvalidInput(
-                f"the classifier's name is {shown}; wanted 1 to 64 of A-Z a-z 0-9 . _ -, a letter or digit first, no '..', "
-                "and no name that a system reserves"
+                f"the classifier's name has {len(name)} characters or others than it may have; wanted 1 to 64 of "
+                "A-Z a-z 0-9 . _ -, a letter or digit first, no '..', and no name that a system reserves"
             )
         return self._folder / f"{name}{_SUFFIX}"
 

@@ -158,7 +158,7 @@ class Reader:
     def prompt(self, name: str | None) -> str:
         """What stands before each text: the prompt of that name, or the checkpoint's default one. Token ids get none."""
         if name is not None and name not in self._prompts:
-            raise InvalidInput(f"prompt_name {name!r} is not known. Available prompts: {sorted(self._prompts)}")
+            raise InvalidInput(f"prompt_name is none of this model's. Available prompts: {sorted(self._prompts)}")
         return self._prompts.get(name or self._default_prompt or "", "")
 
     def owns(self, ids: Sequence[int]) -> bool:

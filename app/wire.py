@@ -142,6 +142,8 @@ class Connection(HttpToolsProtocol):
             super().on_header(name, value)
             if len(self.headers) > _HEADERS:
                 raise _head_too_large()
+            if self.headers[-1][0] == b"transfer-encoding" and value.lower() != b"chunked":
+                raise MalformedRequest("the request has a transfer coding besides chunked; send it with chunked or none")
 
     def on_headers_complete(self) -> None:
         if self._reading is not Reading.HEAD:

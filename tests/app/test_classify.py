@@ -465,7 +465,9 @@ def test_classifiers_survive_a_restart_and_are_refused_by_other_models(make_chec
 
     with running_server(model=make_checkpoint(seed=1), data_dir=data) as server:
         is_refused(server.post("/classify", input="a", classifier="plain"), 409, "belongs to another model")
-        is_refused(server.post("/classify", input="a", classifier="prompted"), 409, "prompt_name 'query' is not known")
+        is_refused(
+            server.post("/classify", input="a", classifier="prompted"), 409, "prompt 'query', and can't be used with this model"
+        )
         assert [entry["usable"] for entry in server.client.get("/classifiers").json()["classifiers"]] == [False, False]
         put(server, "plain", words(0, 40, 2))
         assert server.client.get("/classifiers/plain").json()["usable"]
