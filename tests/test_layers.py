@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 LEVELS = {
     "model": [
-        {"errors", "tokens", "vectors", "chunks"},
+        {"errors", "tokens", "vectors", "chunks", "excerpts"},
         {"config"},
         {"batch", "hub", "checkpoint", "tokenizer", "windows"},
         {"attention", "pooling"},

@@ -185,7 +185,7 @@ def test_an_example_that_no_question_may_have_is_refused(make_checkpoint, tmp_pa
         few = [{"text": "a b c " * 10, "label": label} for label in "xyxyxyxyxyxyxy"]  # of more tokens than a request's together
         put(server, "few", few)
         refused = server.client.put("/classifiers/few", json={"examples": [*few, {"text": "a " * 101, "label": "x"}]})
-        is_refused(refused, 413, "examples[14].text: 105 tokens to encode")
+        is_refused(refused, 413, "examples[14].text: the text has more than 100 tokens")
         assert server.client.get("/classifiers/few").json()["counts"] == {"x": 7, "y": 7}
 
 

@@ -1,6 +1,7 @@
 """What the service does when the engine fails on a part of a request."""
 
 import asyncio
+import threading
 from dataclasses import replace
 
 import pytest
@@ -70,6 +71,18 @@ async def test_partial_does_not_hide_that_the_engine_is_gone(make_service):
     engine.on_change()
     with pytest.raises(NotReady):
         await asked
+
+
+async def test_large_work_of_some_does_not_hold_up_small_work_of_others(make_service):
+    reader = make_service(PuppetEngine()).reader
+    done = threading.Event()
+    large = [asyncio.ensure_future(reader.off_loop(done.wait, 8 * 2**20)) for _ in range(10)]
+    try:
+        assert await asyncio.wait_for(reader.off_loop(lambda: "small", 5000), timeout=20) == "small"
+        assert not any(job.done() for job in large)
+    finally:
+        done.set()
+        await asyncio.gather(*large)
 
 
 async def test_late_chunks_need_a_checkpoint_without_projections(make_service, config):
