@@ -29,6 +29,9 @@ _SMALL = 1000  # characters that are tokenized in the event loop: 0.1 ms, what a
 _LARGE = 100_000  # characters that take so long, 0.1 s and more, that they wait among themselves
 _UNCUT = 2**31 - 1
 
+CONTEXT = 0.25
+"""Of a window that it shares with its neighbour where the rows of single tokens are wanted."""
+
 T = TypeVar("T")
 
 
@@ -219,7 +222,7 @@ class Reader:
             try:
                 row = self._tokenizer.encode_ids(item, limit, options.side) if isinstance(item, list) else next(encoded)
                 for part in item if isinstance(item, tuple) else [item]:
-                    _check_not_empty(part)
+                    check_not_empty(part, "a text" if isinstance(part, str) else "a list of token ids")
                 if row.cut and on_overflow != "truncate":
                     raise self._too_long("the text" if options.partial else f"inputs[{place}]", row, on_overflow)
                 items.append(self._item(row, prompt if isinstance(item, str) else "", overlap))
@@ -266,9 +269,9 @@ class Reader:
         ]
 
 
-def _check_not_empty(item: str | list[int]) -> None:
+def check_not_empty(item: Sequence[object], wanted: str) -> None:
     if not item:
-        raise EmptyInput(f"an input is empty; wanted {'a text' if isinstance(item, str) else 'a list of token ids'}")
+        raise EmptyInput(f"an input is empty; wanted {wanted}")
 
 
 def _size(inputs: Sequence[Input]) -> int:
