@@ -12,11 +12,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from app.bulk import embed_many
 from app.classifiers import Card, Classifier, CrossValidation, Store
+from app.embedding import Embedding, embed
 from app.errors import Conflict, EmptyInput, InvalidInput, NotFound, NotReady, ServiceError
 from app.fitting import fit_in_process
 from app.inputs import Input
-from app.service import Embedding, Service, Stats
+from app.outcomes import Stats
+from app.service import Service
 from model.config import PoolingMode
 from model.finetune import Codes, Fitted, accuracy, macro_f1
 from model.vectors import FloatArray, softmax
@@ -99,7 +102,7 @@ class Classification:
             raise Conflict(f"classifier {name!r} {problem}")
         habit = options.on_overflow or card.on_overflow
         how = replace(options, pooling=card.pooling, prompt_name=card.prompt_name, on_overflow=habit)
-        vectors, stats = await self._service.embed(inputs, how)
+        vectors, stats = await embed(self._service, inputs, how)
         return Classified(card.labels, classifier.head.probabilities(vectors), stats)
 
     async def classify_by_names(
@@ -112,7 +115,7 @@ class Classification:
         _check_names(labels, template)
         phrases = [template.replace("{}", label) for label in labels]
         label_vectors = await self._embed_labels(phrases, replace(options, partial=False))
-        vectors, stats = await self._service.embed(inputs, options)
+        vectors, stats = await embed(self._service, inputs, options)
         return Classified(labels, softmax(_SCALE * (vectors @ label_vectors.T)), stats)
 
     def known(self) -> Iterator[tuple[str, Card | None, str | None]]:
@@ -145,7 +148,7 @@ class Classification:
             start = time.perf_counter()
             options = replace(options, on_overflow=options.on_overflow or self._service.settings.on_overflow)
             texts = [example.text for example in examples]
-            vectors, truncated = await self._service.embed_many(texts, options, progress, "examples[{}].text")
+            vectors, truncated = await embed_many(self._service, texts, options, progress, "examples[{}].text")
             places = {label: place for place, label in enumerate(labels)}
             codes = np.array([places[example.label] for example in examples], dtype=np.int64)
             fitted = await fit_in_process(vectors, codes, balanced)
@@ -204,7 +207,7 @@ class Classification:
         missing = [key for key in dict.fromkeys(keys) if key not in kept]
         for start in range(0, len(missing), self._service.settings.max_client_batch_size):
             part = missing[start : start + self._service.settings.max_client_batch_size]
-            vectors, stats = await self._service.embed([key[2] for key in part], replace(options, on_overflow="truncate"))
+            vectors, stats = await embed(self._service, [key[2] for key in part], replace(options, on_overflow="truncate"))
             if stats.truncated:
                 raise InvalidInput(f"a label in its template has more than {self._service.config.max_tokens} tokens; shorten it")
             kept |= zip(part, vectors, strict=True)

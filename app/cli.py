@@ -151,7 +151,7 @@ def fit(settings: Settings, file: Path, text: str, label: str, name: str, balanc
         from tqdm import tqdm
 
         from app.classification import Classification
-        from app.service import Embedding
+        from app.embedding import Embedding
 
         options = Embedding(prompt_name=prompt_name)
         with tqdm(total=len(examples), unit="text", disable=None) as progress:
@@ -183,15 +183,15 @@ async def _embed_all(service: Any, file: Path, texts: list[str], options: Mappin
     import numpy as np
     from tqdm import tqdm
 
-    from app.service import Embedding
+    from app.embedding import Embedding, embed
 
     how = Embedding(**options, partial=True)
     chunks = [texts[start : start + _CHUNK] for start in range(0, len(texts), _CHUNK)]
     vectors, truncated = [], 0
     with tqdm(total=len(texts), unit="text", disable=None) as progress:
-        coming = asyncio.ensure_future(service.embed(chunks[0], how))
+        coming = asyncio.ensure_future(embed(service, chunks[0], how))
         for following in [*chunks[1:], None]:
-            current, coming = coming, asyncio.ensure_future(service.embed(following, how)) if following else coming
+            current, coming = coming, asyncio.ensure_future(embed(service, following, how)) if following else coming
             rows, stats = await current
             for number, detail in enumerate(stats.details, int(progress.n) + 1):
                 if detail.error:

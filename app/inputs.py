@@ -15,7 +15,8 @@ from app.settings import OnOverflow, Settings
 from model.chunks import characters, chunk_spans
 from model.config import ModelConfig
 from model.errors import InvalidTokens
-from model.tokenizer import Side, Tokenizer
+from model.excerpts import Side
+from model.tokenizer import Tokenizer
 from model.tokens import Tokens
 from model.windows import Pieces, split
 
@@ -25,7 +26,11 @@ Input = str | list[int] | tuple[str, str]
 TOKENIZERS = 2  # threads that tokenize; the library releases the interpreter lock
 
 _SMALL = 1000  # characters that are tokenized in the event loop: 0.1 ms, what a thread costs
+_LARGE = 100_000  # characters that take so long, 0.1 s and more, that they wait among themselves
 _UNCUT = 2**31 - 1
+
+CONTEXT = 0.25
+"""Of a window that it shares with its neighbour where the rows of single tokens are wanted."""
 
 T = TypeVar("T")
 
@@ -101,6 +106,7 @@ class Reader:
         self._default_prompt = config.default_prompt
         self._tokenizer = tokenizer
         self._threads = ThreadPoolExecutor(max_workers=TOKENIZERS, thread_name_prefix="tokenize")
+        self._large = ThreadPoolExecutor(max_workers=TOKENIZERS, thread_name_prefix="tokenize-large")
 
     async def read(self, inputs: Sequence[Input], options: Encoding, overlap: float = 0.0, with_offsets: bool = False) -> Encoded:
         """Texts as rows that the encoder can take. Windows of a split text share a part of `overlap` with their neighbours."""
@@ -139,19 +145,33 @@ class Reader:
         return Encoded(items, whole.characters, whole.seconds + encoded.seconds)
 
     async def tokenize(self, texts: Sequence[str], special_tokens: bool, prompt_name: str | None) -> list[list[Token]]:
+        """The tokens of each text, nothing cut. Raises TooManyTokens for more than a request may have encoded."""
         prompt = self.prompt(prompt_name)
-        return await self.off_loop(lambda: [self._tokens_of(text, special_tokens, prompt) for text in texts], _size(texts))
+
+        def read() -> list[list[Token]]:
+            encodings = [self._tokenizer.describe(prompt + text, special_tokens) for text in texts]
+            self.check_tokens(map(len, encodings))
+            return [
+                self._named(text, encoding.ids, encoding.offsets, len(prompt))
+                for text, encoding in zip(texts, encodings, strict=True)
+            ]
+
+        return await self.off_loop(read, _size(texts))
 
     async def decode(self, rows: Sequence[Sequence[int]], skip_special_tokens: bool) -> list[str]:
         decode = self._tokenizer.decode
         return await self.off_loop(lambda: [decode(ids, skip_special_tokens) for ids in rows], sum(map(len, rows)))
 
     async def off_loop(self, function: Callable[[], T], size: int) -> T:
-        """Call a function in a thread; in the event loop where so few characters are sooner done than the way there."""
+        """Call a function in a thread; in the event loop where so few characters are sooner done than the way there.
+
+        Large work has threads of its own, so that it delays no small work, however much of it there is.
+        """
         try:
             if size <= _SMALL:
                 return function()
-            return await asyncio.get_running_loop().run_in_executor(self._threads, function)
+            threads = self._large if size > _LARGE else self._threads
+            return await asyncio.get_running_loop().run_in_executor(threads, function)
         except InvalidTokens as error:
             raise InvalidInput(str(error)) from None
 
@@ -192,17 +212,19 @@ class Reader:
         self, inputs: Sequence[Input], prompt: str, options: Encoding, overlap: float, with_offsets: bool
     ) -> list[Item | ServiceError]:
         on_overflow = options.on_overflow or self._settings.on_overflow
-        limit = _UNCUT if on_overflow == "split" else self._tokenizer.max_tokens
+        most = self._settings.max_request_tokens
+        limit = most if on_overflow == "split" else self._tokenizer.max_tokens
         texts = [prompt + item if isinstance(item, str) else item for item in inputs if not isinstance(item, list)]
-        encoded = iter(self._tokenizer.encode(texts, limit, options.side, with_offsets, options.max_second))
+        enough = limit if on_overflow == "truncate" else most  # who is told a number of tokens is told it up to here
+        encoded = iter(self._tokenizer.encode(texts, limit, options.side, with_offsets, options.max_second, enough))
         items: list[Item | ServiceError] = []
         for place, item in enumerate(inputs):
             try:
                 row = self._tokenizer.encode_ids(item, limit, options.side) if isinstance(item, list) else next(encoded)
                 for part in item if isinstance(item, tuple) else [item]:
-                    _check_not_empty(part)
-                if row.cut and on_overflow == "error":
-                    raise self._too_long("the text" if options.partial else f"inputs[{place}]", row)
+                    check_not_empty(part, "a text" if isinstance(part, str) else "a list of token ids")
+                if row.cut and on_overflow != "truncate":
+                    raise self._too_long("the text" if options.partial else f"inputs[{place}]", row, on_overflow)
                 items.append(self._item(row, prompt if isinstance(item, str) else "", overlap))
             except (ServiceError, InvalidTokens) as error:
                 if not options.partial:
@@ -224,15 +246,17 @@ class Reader:
             raise InvalidInput(f"the prompt leaves a text no room in {limit} tokens; take a shorter one or on_overflow: truncate")
         return Item(row, split(row, limit, before, after, int(overlap * room)))
 
-    def _too_long(self, subject: str, row: Tokens) -> InvalidInput:
+    def _too_long(self, subject: str, row: Tokens, on_overflow: OnOverflow) -> ServiceError:
+        tokens, most = len(row) + row.cut, self._settings.max_request_tokens
+        count = f"more than {most}" if tokens > most else str(tokens)
+        if on_overflow == "split":
+            return TooManyTokens(
+                f"{subject} has {count} tokens in one request; wanted at most {most}, send fewer or shorter texts"
+            )
         return InvalidInput(
-            f"{subject} has {len(row) + row.cut} tokens; wanted at most {self._tokenizer.max_tokens}, "
+            f"{subject} has {count} tokens; wanted at most {self._tokenizer.max_tokens}, "
             "shorten it or send on_overflow: truncate or split"
         )
-
-    def _tokens_of(self, text: str, special_tokens: bool, prompt: str) -> list[Token]:
-        encoding = self._tokenizer.describe(prompt + text, special_tokens)
-        return self._named(text, encoding.ids, encoding.offsets, len(prompt))
 
     def _named(self, text: str, ids: Sequence[int], offsets: Sequence[Sequence[int]], shift: int = 0) -> list[Token]:
         """Tokens with their places in the text; those of the prompt, `shift` characters before it, have none."""
@@ -245,9 +269,9 @@ class Reader:
         ]
 
 
-def _check_not_empty(item: str | list[int]) -> None:
+def check_not_empty(item: Sequence[object], wanted: str) -> None:
     if not item:
-        raise EmptyInput(f"an input is empty; wanted {'a text' if isinstance(item, str) else 'a list of token ids'}")
+        raise EmptyInput(f"an input is empty; wanted {wanted}")
 
 
 def _size(inputs: Sequence[Input]) -> int:

@@ -8,18 +8,21 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Encoding, normalizers
 from tokenizers import Tokenizer as Backend
 
 from model.config import Json, ModelConfig, read_json, transformer_folder
 from model.errors import CheckpointError, InvalidTokens, UnsupportedModel
+from model.excerpts import Side, excerpt, parting
 from model.tokens import Tokens
 
 Text = str | tuple[str, str]
-Side = Literal["left", "right"]
+Places = NDArray[np.intp]
+
+_CHARACTERS = 10  # of a token: more than most texts have, so that an excerpt is rarely too short
 
 
 class Tokenizer:
@@ -31,6 +34,7 @@ class Tokenizer:
         self.max_tokens = max_tokens
         self.vocab_size = vocab_size
         self._backend = backend
+        self._parting = parting(backend)
         empty = backend.encode("").ids  # a lone text's frame of special tokens, [CLS] [SEP]
         self._special = {token for token, added in backend.get_added_tokens_decoder().items() if added.special}
         self._before, self._after = empty[: (len(empty) + 1) // 2], empty[(len(empty) + 1) // 2 :]
@@ -43,15 +47,16 @@ class Tokenizer:
         vocab.txt that is no BERT's.
         """
         backend = _read_backend(transformer_folder(folder))
-        if config.lower_case:
-            first = [backend.normalizer] if backend.normalizer else []
-            backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *first])
         last, rows = max(backend.get_vocab().values(), default=0), config.bert.vocab_size
         if last >= rows:
             raise CheckpointError(
                 f"{folder}: the tokenizer gives ids up to {last}, wanted below {rows}, config.json's vocab_size"
             )
-        return cls(backend, config.max_tokens, rows)
+        tokenizer = cls(backend, config.max_tokens, rows)
+        if config.lower_case:  # character by character, which parts texts nowhere else
+            first = [backend.normalizer] if backend.normalizer else []
+            backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *first])
+        return tokenizer
 
     def encode(
         self,
@@ -60,19 +65,21 @@ class Tokenizer:
         cut_side: Side = "right",
         with_offsets: bool = False,
         max_second: int | None = None,
+        enough: int | None = None,
     ) -> list[Tokens]:
         """Tokens of each text with its special tokens, cut to `max_tokens` on one side.
 
         Of a pair the second text is cut to `max_second` tokens, and then the longer of both first. `Tokens.cut` says how
-        many tokens were left out.
+        many tokens were left out; of a text with more than `enough` tokens it may say less, as the rest is not read.
         """
         limit = self.max_tokens if max_tokens is None else max_tokens
-        encodings = self._encode_all(texts, with_offsets)
+        encodings = self._read(texts, None if enough is None else max(limit, enough), cut_side, with_offsets)
         answers = []
         for text, encoding in zip(texts, encodings, strict=True):
+            pair = isinstance(text, tuple)
+            row = _tokens(encoding, pair, with_offsets)
             fits = len(encoding) <= limit and max_second is None
-            kept = encoding if fits else self._cut(text, limit, cut_side, max_second)
-            answers.append(_tokens(kept, len(encoding) - len(kept), isinstance(text, tuple), with_offsets))
+            answers.append(row if fits else _cut(row, encoding, limit, cut_side, max_second if pair else None))
         return answers
 
     @property
@@ -103,6 +110,18 @@ class Tokenizer:
         long_enough = len(ids) >= len(before) + len(after)
         return long_enough and ids[: len(before)] == before and ids[len(ids) - len(after) :] == after
 
+    def _read(self, texts: Sequence[Text], enough: int | None, side: Side, with_offsets: bool) -> list[Encoding]:
+        """Whole texts; of those with more than `enough` tokens perhaps only the part that is kept, with more than these."""
+        if enough is None or self._parting is None or (side == "left" and with_offsets):  # offsets count from the start
+            return self._encode_all(texts, with_offsets)
+        size = enough * _CHARACTERS
+        parts = [excerpt(text, size, side, self._parting) if isinstance(text, str) else text for text in texts]
+        encodings = self._encode_all(parts, with_offsets)
+        short = [n for n, encoding in enumerate(encodings) if len(encoding) <= enough and len(parts[n]) < len(texts[n])]
+        for place, encoding in zip(short, self._encode_all([texts[n] for n in short], with_offsets), strict=True):
+            encodings[place] = encoding
+        return encodings
+
     def _encode_all(self, texts: Sequence[Text], with_offsets: bool) -> list[Encoding]:
         if len(texts) == 1:  # the library's batches wake its threads, which costs more than a lone text
             (text,) = texts
@@ -126,31 +145,37 @@ class Tokenizer:
     def is_special(self, token: int) -> bool:
         return token in self._special
 
-    def _cut(self, text: Text, limit: int, side: Side, max_second: int | None) -> Encoding:
-        pair = isinstance(text, tuple)
-        parts = [self._backend.encode(part, add_special_tokens=False) for part in (text if pair else (text,))]
-        room = max(0, limit - self._backend.num_special_tokens_to_add(pair))
-        if pair and max_second is not None:
-            parts[1].truncate(max_second, direction=side)
-        for part, length in zip(parts, _share([len(part) for part in parts], room), strict=True):
-            part.truncate(length, direction=side)
-        return self._backend.post_process(parts[0], parts[1] if pair else None)
+
+def _cut(row: Tokens, encoding: Encoding, limit: int, side: Side, max_second: int | None) -> Tokens:
+    """The row without the tokens of its texts that are too many."""
+    sequences = np.array([-1 if sequence is None else sequence for sequence in encoding.sequence_ids])  # -1: special tokens
+    parts: list[Places] = [np.flatnonzero(sequences == place) for place in (0, 1)]
+    if max_second is not None:
+        parts[1] = _shortened(parts[1], max_second, side)
+    frame = np.flatnonzero(sequences < 0)
+    lengths = _share([len(part) for part in parts], max(0, limit - len(frame)))
+    kept = [_shortened(part, length, side) for part, length in zip(parts, lengths, strict=True)]
+    places = np.sort(np.concatenate([frame, *kept]))
+    offsets = None if row.offsets is None else row.offsets[places]
+    return Tokens(row.ids[places], row.types[places], len(row) - len(places), offsets)
+
+
+def _shortened(places: Places, length: int, side: Side) -> Places:
+    return places[:length] if side == "right" else places[max(0, len(places) - length) :]
 
 
 def _share(lengths: list[int], room: int) -> list[int]:
     """Lengths cut to `room` in all, the longer first, of two equals the first (transformers' "longest_first")."""
-    if len(lengths) == 1:
-        return [min(lengths[0], room)]
     shorter = min(min(lengths), room // 2)
     longer = min(max(lengths), room - shorter)
     return [shorter, longer] if lengths[0] <= lengths[1] else [longer, shorter]
 
 
-def _tokens(encoding: Encoding, cut: int, pair: bool, with_offsets: bool) -> Tokens:
+def _tokens(encoding: Encoding, pair: bool, with_offsets: bool) -> Tokens:
     ids = np.array(encoding.ids, dtype=np.int32)
     types = np.array(encoding.type_ids, dtype=np.int32) if pair else np.zeros(len(ids), dtype=np.int32)
     offsets = np.array(encoding.offsets, dtype=np.int32).reshape(-1, 2) if with_offsets else None
-    return Tokens(ids, types, cut, offsets)
+    return Tokens(ids, types, offsets=offsets)
 
 
 # Classes of transformers that read vocab.txt as WordPiece, all in the same way.

@@ -15,7 +15,7 @@ class Tokens:
 
     ids      [L] int32
     types    [L] int32, the segment of each token
-    cut      how many tokens of the text were left out because it was too long
+    cut      how many tokens of the text were left out because it was too long, as far as it was read
     offsets  [L, 2] int32, the characters of the text that each token covers; (0, 0) for special tokens;
              only where they were asked for
     """

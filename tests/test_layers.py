@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 LEVELS = {
     "model": [
-        {"errors", "tokens", "vectors", "chunks", "cgroup"},
+        {"errors", "tokens", "vectors", "chunks", "cgroup", "excerpts"},
         {"config"},
         {"batch", "hub", "checkpoint", "tokenizer", "windows"},
         {"attention", "pooling"},
@@ -25,7 +25,10 @@ LEVELS = {
         {"settings", "errors", "render", "frames", "negotiation", "lifeline", "record"},
         {"metrics", "engine", "compression", "classifiers", "fitting", "wire", "cors", "logs", "traces"},
         {"worker", "scheduler", "inputs"},
+        {"outcomes"},
         {"service"},
+        {"embedding"},
+        {"bulk", "chunking", "scoring"},
         {"classification", "middleware"},
         {"auth", "serving", "api.json_route", "api.fields", "api.responses"},
         {"api.answers", "examples"},

@@ -12,9 +12,10 @@ from fastapi.responses import StreamingResponse
 from app.api.fields import PerText
 from app.errors import NotAcceptable, ServiceError
 from app.negotiation import MediaType, media_type
+from app.outcomes import Stats
 from app.record import current_record
 from app.render import base64_text, in_blocks, json_bytes, json_list, raw_rows, safetensors
-from app.service import Service, Stats
+from app.service import Service
 from model.vectors import Array, FloatArray
 
 

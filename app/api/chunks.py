@@ -5,11 +5,12 @@ from typing import Any
 from fastapi import APIRouter, Response
 from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr
 
+from app import chunking
 from app.api.answers import answer, headers_of, in_places, with_details
 from app.api.fields import Finished, PerTextQuery, examples
 from app.api.json_route import JsonRoute, ServiceOf
 from app.api.responses import ANSWERED, ANYWHERE, ENCODED, READ, ErrorBody, TextDetail, errors
-from app.service import Chunk, Chunking
+from app.chunking import Chunk, Chunking
 
 router = APIRouter(tags=["embed"], responses=ANSWERED | errors(ErrorBody, ANYWHERE, READ, ENCODED), route_class=JsonRoute)
 
@@ -55,7 +56,7 @@ async def embed_chunks(request: EmbedChunksRequest, service: ServiceOf, query: P
         overlap_tokens=request.overlap_tokens or 0,
         late=bool(request.late),
     )
-    chunks, stats = await service.embed_chunks(texts, options)
+    chunks, stats = await chunking.embed_chunks(service, texts, options)
     results = in_places([[_described(chunk) for chunk in its] for its in chunks], stats.errors)
     return answer(service, with_details("chunks", results, stats, query), headers_of(stats))
 

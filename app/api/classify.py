@@ -13,10 +13,12 @@ from app.api.json_route import JsonRoute, ServiceOf
 from app.api.responses import ANSWERED, ANYWHERE, CUT, ENCODED, READ, ErrorBody, Responses, TextDetail, Usage, errors
 from app.classification import Classification, Classified, Example
 from app.classifiers import Card
+from app.embedding import Embedding
 from app.errors import EmptyInput, InvalidInput
 from app.inputs import Input
 from app.render import json_bytes
-from app.service import Embedding, Scoring, Service
+from app.scoring import Scoring, predict
+from app.service import Service
 from model.config import PoolingMode
 
 
@@ -151,7 +153,7 @@ async def classify(
 async def _by_head(inputs: Sequence[Input], service: Service, query: PerText) -> Classified:
     if service.config.kind == "embedder":
         raise InvalidInput(_WAYS)
-    return Classified(service.config.labels, *await service.predict(inputs, Scoring(partial=query.partial)))
+    return Classified(service.config.labels, *await predict(service, inputs, Scoring(partial=query.partial)))
 
 
 async def _by_choice(

@@ -20,10 +20,11 @@ from app.api.answers import (
 from app.api.fields import Inputs, Output, PerTextQuery, as_list, examples
 from app.api.json_route import JsonRoute, ServiceOf
 from app.api.responses import ANYWHERE, BINARY, TextDetail, Usage, errors
+from app.embedding import Embedding, embed
 from app.errors import InvalidInput, NotFound, ServiceError
 from app.inputs import Input
 from app.render import json_bytes, json_list
-from app.service import Embedding, Service
+from app.service import Service
 from model.vectors import Array
 
 _CODES: Mapping[int, str] = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
@@ -119,7 +120,7 @@ async def embeddings(request: EmbeddingRequest, service: ServiceOf, query: PerTe
         output_dtype=request.dtype,
         partial=query.partial,
     )
-    vectors, stats = await service.embed(inputs, options)
+    vectors, stats = await embed(service, inputs, options)
     if accepted != "application/json":
         return array_answer(service, list(vectors), stats, accepted)
     head = {"object": "list", "model": service.name, "usage": usage_of(stats), **detail_field(stats, query)}

@@ -7,12 +7,14 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Response
 from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr
 
+from app import scoring
 from app.api.answers import best_first, detail_field, failed_last, json_answer, usage_of
 from app.api.fields import PerText, PerTextQuery, examples
 from app.api.json_route import JsonRoute, ServiceOf
 from app.api.responses import ANSWERED, ANYWHERE, ENCODED, READ, TextDetail, Usage, errors
 from app.errors import ServiceError
-from app.service import Scoring, Service
+from app.scoring import Scoring
+from app.service import Service
 
 
 class RerankError(BaseModel):
@@ -86,8 +88,8 @@ async def rerank_v2(request: DocumentsRequest, service: ServiceOf, query: PerTex
 
 async def rerank(request: DocumentsRequest, service: Service, query: PerText, version: str) -> Response:
     texts = [item if isinstance(item, str) else item.text for item in request.documents]
-    scoring = Scoring(partial=query.partial, max_second=request.max_tokens_per_doc)
-    scores, stats = await service.rerank(request.query, texts, scoring)
+    how = Scoring(partial=query.partial, max_second=request.max_tokens_per_doc)
+    scores, stats = await scoring.rerank(service, request.query, texts, how)
     best = best_first(scores, stats.errors)[: request.top_n]
     results = [_result(place, scores[place], texts if request.return_documents else None) for place in best]
     answer = {

@@ -6,6 +6,7 @@ from typing import Any
 from fastapi import APIRouter, Response
 from pydantic import BaseModel, Field, StrictBool, StrictStr
 
+from app import embedding, scoring
 from app.api.answers import (
     Accepted,
     answer,
@@ -23,10 +24,11 @@ from app.api.answers import (
 from app.api.fields import HABITS, Common, Finished, Ids, Inputs, Output, PerText, PerTextQuery, Pooled, Side, as_list, examples
 from app.api.json_route import JsonRoute, ServiceOf
 from app.api.responses import ANSWERED, ANYWHERE, BINARY, CUT, ENCODED, READ, ErrorBody, TextDetail, errors
+from app.embedding import Embedding
 from app.errors import EmptyInput, InvalidInput
 from app.inputs import Encoding, Input, Token
 from app.render import json_sparse
-from app.service import Embedding, Scoring
+from app.scoring import Scoring
 from model.vectors import Array, FloatArray, Metric
 
 _NOT_ACCEPTABLE = errors(ErrorBody, [406])
@@ -227,7 +229,7 @@ async def embed(request: EmbedRequest, service: ServiceOf, query: PerTextQuery, 
     """One vector per text, as a list also for one text. In base64, one text per vector."""
     check_json_only(query, accepted)
     options = Embedding(**request.embedding(query), output_dtype=request.dtype)
-    vectors, stats = await service.embed(as_list(request.inputs), options)
+    vectors, stats = await embedding.embed(service, as_list(request.inputs), options)
     if accepted != "application/json":
         return array_answer(service, list(vectors), stats, accepted)
     rows = in_places([number_list(row, request.encoding_format) for row in vectors], stats.errors)
@@ -245,7 +247,7 @@ async def embed_all(request: EmbedAllRequest, service: ServiceOf, query: PerText
     check_json_only(query, accepted)
     with_tokens = bool(request.return_tokens) and accepted == "application/json"
     options = Encoding(**request.encoding(query))
-    matrices, tokens, stats = await service.embed_tokens(as_list(request.inputs), options, with_tokens, request.dtype)
+    matrices, tokens, stats = await embedding.embed_tokens(service, as_list(request.inputs), options, with_tokens, request.dtype)
     if accepted != "application/json":
         return array_answer(service, matrices, stats, accepted)
     rows = tokens if with_tokens else [None] * len(matrices)
@@ -260,7 +262,7 @@ async def similarity(request: SimilarityRequest, service: ServiceOf, query: PerT
     options = Embedding(**parameters.encoding(query), pooling=parameters.pooling, normalize=False)  # the metric does it
     inputs = request.inputs
     a, b = ([inputs.source_sentence], inputs.sentences) if isinstance(inputs, OneToMany) else (inputs.a, inputs.b)
-    scores, stats = await service.similarity(a, b, options, parameters.metric or "cosine")
+    scores, stats = await embedding.similarity(service, a, b, options, parameters.metric or "cosine")
     of_a, of_b = stats.errors[: len(a)], stats.errors[len(a) :]
     if isinstance(inputs, ManyToMany):
         results = in_places((in_places(row, of_b) for row in scores), of_a)
@@ -274,7 +276,7 @@ async def similarity(request: SimilarityRequest, service: ServiceOf, query: PerT
 @router.post("/embed_sparse", response_model=list[list[Weight] | ErrorBody] | SparseEmbeddings)
 async def embed_sparse(request: EmbedSparseRequest, service: ServiceOf, query: PerTextQuery) -> Response:
     """The tokens of the vocabulary that each text stands for, with their weights; zeros are left out."""
-    rows, stats = await service.embed_sparse(as_list(request.inputs), Encoding(**request.encoding(query)))
+    rows, stats = await scoring.embed_sparse(service, as_list(request.inputs), Encoding(**request.encoding(query)))
     results = in_places(map(json_sparse, rows), stats.errors)
     return answer(service, with_details("embeddings", results, stats, query), headers_of(stats))
 
@@ -284,8 +286,8 @@ async def predict(request: PredictRequest, service: ServiceOf, query: PerTextQue
     """The score of each label, the highest first: a list for one text or pair, a list of lists for a list of lists."""
     batch = isinstance(request.inputs, list) and not all(isinstance(item, str) for item in request.inputs)
     inputs: Sequence[Any] = request.inputs if batch else [request.inputs]
-    scoring = request.scoring(query if batch else PerText(details=query.details))  # a lone text has no place in its answer
-    scores, stats = await service.predict([_text_or_pair(item) for item in inputs], scoring)
+    how = request.scoring(query if batch else PerText(details=query.details))  # a lone text has no place in its answer
+    scores, stats = await scoring.predict(service, [_text_or_pair(item) for item in inputs], how)
     rows = [_predictions(service.config.labels, row) for row in scores]
     results = in_places(rows, stats.errors) if batch else rows[0]
     return answer(service, with_details("predictions", results, stats, query), headers_of(stats))
@@ -306,7 +308,7 @@ def _predictions(labels: Sequence[str], row: FloatArray) -> list[dict[str, Any]]
 
 async def rerank(request: RerankRequest, service: ServiceOf, query: PerTextQuery) -> Response:
     """The texts by how well they answer the query, the best first."""
-    scores, stats = await service.rerank(request.query, request.texts, request.scoring(query))
+    scores, stats = await scoring.rerank(service, request.query, request.texts, request.scoring(query))
     ranks = [{"index": place, "score": scores[place]} for place in best_first(scores, stats.errors)]
     if request.return_text:
         ranks = [{**rank, "text": request.texts[rank["index"]]} for rank in ranks]

@@ -7,12 +7,13 @@ from typing import Any, Literal
 from fastapi import APIRouter, Response
 from pydantic import BaseModel, Field, StrictStr
 
+from app import scoring
 from app.api.answers import in_places, json_answer, vllm_list
 from app.api.fields import PerTextQuery, examples
 from app.api.json_route import JsonRoute, ServiceOf
 from app.api.responses import ANSWERED, ANYWHERE, ENCODED, TextDetail, Usage, errors
 from app.errors import ServiceError
-from app.service import Scoring
+from app.scoring import Scoring
 
 
 class ScoreProblem(BaseModel):
@@ -77,7 +78,7 @@ class Scores(BaseModel):
 async def score(request: ScoreRequest, service: ServiceOf, query: PerTextQuery) -> Response:
     """How well texts go together, one with one, one with many, or pair by pair; with an embedder, their cosine."""
     a, b = ([texts] if isinstance(texts, str) else texts for texts in (request.text_1, request.text_2))
-    scores, errors, stats = await service.score(a, b, Scoring(partial=query.partial))
+    scores, errors, stats = await scoring.score(service, a, b, Scoring(partial=query.partial))
     data = ({"index": place, "object": "score", "score": score} for place, score in enumerate(scores))
     return json_answer(service, vllm_list("score", in_places(data, errors, _unscored), service, stats, query), stats)
 

@@ -19,10 +19,12 @@ from servers import run_bertd, running_server
 from sklearn.linear_model import LogisticRegression
 from test_refusals import content_of
 
+from app.bulk import embed_many
+from app.embedding import Embedding
 from app.errors import Overloaded
 from app.metrics import Metrics
 from app.scheduler import Answer
-from app.service import Embedding, Service
+from app.service import Service
 from app.settings import Settings
 from model.config import BertConfig, ModelConfig
 from model.finetune import _INVERSE_PENALTY
@@ -185,7 +187,7 @@ def test_an_example_that_no_question_may_have_is_refused(make_checkpoint, tmp_pa
         few = [{"text": "a b c " * 10, "label": label} for label in "xyxyxyxyxyxyxy"]  # of more tokens than a request's together
         put(server, "few", few)
         refused = server.client.put("/classifiers/few", json={"examples": [*few, {"text": "a " * 101, "label": "x"}]})
-        is_refused(refused, 413, "examples[14].text: 105 tokens to encode")
+        is_refused(refused, 413, "examples[14].text: the text has more than 100 tokens")
         assert server.client.get("/classifiers/few").json()["counts"] == {"x": 7, "y": 7}
 
 
@@ -413,7 +415,7 @@ async def test_many_texts_go_in_slices_that_leave_room_and_wait_when_there_is_no
     service = Service(settings, config, Tokenizer.from_folder(make_checkpoint(), config), scheduler, Metrics(), facts)
     texts = ["a " * n for n in (1, 2, 3, 4, 5, 50, 6, 1, 1, 1, 1)]
     counts = []
-    vectors, truncated = await service.embed_many(texts, Embedding(normalize=False), counts.append)
+    vectors, truncated = await embed_many(service, texts, Embedding(normalize=False), counts.append)
     assert vectors[:, 0].tolist() == [3, 4, 5, 6, 7, 12, 8, 3, 3, 3, 3]
     assert truncated == 1
     assert sum(counts) == len(texts)

@@ -352,11 +352,28 @@ def test_too_many_tokens_in_a_request_are_refused(prompted):
         "/embed_all": {"inputs": "d " * 400},
         "/embed_chunks": {"inputs": "d " * 401, "chunk_tokens": 30},
         "/similarity": {"inputs": {"a": ["d " * 200], "b": ["d " * 200]}},
+        "/tokenize": {"inputs": ["d " * 200, "d " * 200]},
     }.items():
         response = prompted.client.post(path, json=body)
         assert (response.status_code, response.json()["error_type"]) == (413, "Validation")
         assert "wanted at most 400, send fewer or shorter texts" in response.json()["error"]
     assert ask(prompted, "/embed", inputs=["d " * 200, "d " * 200], truncate=True).headers["x-truncated"] == "2"
+
+
+def test_a_text_of_too_many_tokens_is_not_read_to_its_end(prompted):
+    long = "d " * 3000
+    for body, status, found in (
+        ({"inputs": long}, 413, "inputs[0] has more than 400 tokens in one request"),
+        ({"inputs": ["d", [7] * 500]}, 413, "inputs[1] has more than 400 tokens in one request"),
+        ({"inputs": long, "on_overflow": "error"}, 422, "inputs[0] has more than 400 tokens; wanted at most 32"),
+        ({"inputs": "d " * 300, "on_overflow": "error"}, 422, "inputs[0] has 302 tokens; wanted at most 32"),
+    ):
+        response = prompted.client.post("/embed", json=body)
+        assert response.status_code == status
+        assert found in response.json()["error"]
+    good, bad = ask(prompted, "/embed", "partial=true", inputs=["d", long]).json()
+    assert len(good) == 32
+    assert bad["error"].startswith("the text has more than 400 tokens")
 
 
 def test_the_command_line_splits_and_refuses(tmp_path, prompted):

@@ -1,7 +1,10 @@
-"""What OpenAPI says of the server is what the server does: schemathesis over real sockets, against each kind of model."""
+"""What OpenAPI and docs/api.md say of the server is what it does: schemathesis over real sockets, against each kind of model."""
 
+import json
+import re
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -206,6 +209,47 @@ def test_every_route_refuses_a_wrong_key_and_a_large_body_as_documented(strict: 
     response = strict.client.request(method, at, json={"inputs": "a" * 1000}, headers={"authorization": f"Bearer {key}"})
     assert response.status_code == 413
     check_answer(response, path, method)
+
+
+SAME = {"/v2/rerank": "/v1/rerank", "/v1/score": "/score", "/invocations": "/"}
+SECTION = re.compile(r"^## (GET|POST|PUT|DELETE) (\S+)\n(.*?)(?=^#+ )", re.M | re.S)
+ROW = re.compile(r"^\| `(.*)` \| (\d+) `(.*)` \|$", re.M)
+TABLES = {
+    (method, path): [(body, int(status), says) for body, status, says in ROW.findall(text)]
+    for method, path, text in SECTION.findall((Path(__file__).parents[2] / "docs/api.md").read_text(encoding="utf-8"))
+}
+REFUSED = [(method, path, *row) for (method, path) in TABLES for row in TABLES[method, SAME.get(path, path)]]
+
+
+def test_every_route_that_reads_something_has_a_table_of_refusals() -> None:
+    assert {route for route in OPERATIONS if not TABLES[route] and route[1] not in SAME} == {
+        ("GET", path) for path in ("/v1/models", "/classifiers", "/info", *PUBLIC)
+    }
+
+
+@pytest.fixture(scope="module")
+def mood(embedder: RunningServer) -> RunningServer:
+    """A server that has a classifier of that name."""
+    assert embedder.client.put("/classifiers/mood", json=examples_of(FIT[1], "put")[0]).status_code == 200
+    return embedder
+
+
+@pytest.mark.parametrize(("method", "path", "asked", "status", "says"), REFUSED)
+def test_every_row_of_the_tables_of_refusals_is_true(
+    mood: RunningServer, method: str, path: str, asked: str, status: int, says: str, request: pytest.FixtureRequest
+) -> None:
+    kind = next((kind for kind in KINDS if path in ROUTES[kind].split(", ")), "embedder")
+    server = mood if kind == "embedder" else request.getfixturevalue(kind)
+    body, name = (asked, "mood") if asked.startswith("{") else (json.dumps(examples_of(FIT[1], "put")[0]), asked)
+    response = server.client.request(method, path.replace("{name}", name), content=None if method in ("GET", "DELETE") else body)
+    assert (response.status_code, says in message_of(response)) == (status, True), response.text
+    check_answer(response, path, method)
+
+
+def message_of(response: httpx.Response) -> str:
+    body = response.json()
+    found = body.get("message") or body["error"]
+    return found if isinstance(found, str) else found["message"]
 
 
 TREE = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.ServiceError)]

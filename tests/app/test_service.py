@@ -1,18 +1,21 @@
 """What the service does when the engine fails on a part of a request."""
 
 import asyncio
+import threading
 from dataclasses import replace
 
 import pytest
 from fake_worker import FAIL, NOT_A_NUMBER
 from test_scheduler import PuppetEngine, turns
 
+from app.chunking import Chunking, embed_chunks
+from app.embedding import Embedding, embed, embed_tokens
 from app.engine import State
 from app.errors import EngineError, NotReady, WrongKind
 from app.inputs import Encoding
 from app.metrics import Metrics
 from app.scheduler import Scheduler
-from app.service import Chunking, Embedding, Service
+from app.service import Service
 from app.settings import Settings
 from model.config import DenseConfig, ModelConfig
 from model.tokenizer import Tokenizer
@@ -43,19 +46,19 @@ async def test_a_text_on_which_the_encoder_fails_leaves_its_neighbours_alone(eng
     service = make_service(engine)
     inputs = [[7], [bad], [8, 9]]
     options = Embedding(partial=True, normalize=False)
-    vectors, stats = await service.embed(inputs, options)
+    vectors, stats = await embed(service, inputs, options)
     assert vectors[[0, 2]].tolist() == [[101 + 7 + 102, 3], [101 + 8 + 9 + 102, 4]]
     assert vectors[1].tolist() == [0, 0]
     assert [type(detail.error) for detail in stats.details] == [type(None), EngineError, type(None)]
     assert [detail.tokens for detail in stats.details] == [3, 3, 4]
     with pytest.raises(EngineError):
-        await service.embed(inputs, Embedding())
+        await embed(service, inputs, Embedding())
 
 
 async def test_a_window_on_which_the_encoder_fails_fails_its_text(engine, make_service):
     service = make_service(engine)
     inputs = [[7] * 10, [7] * 9 + [FAIL], [8]]
-    matrices, _, stats = await service.embed_tokens(inputs, Encoding("split", partial=True))
+    matrices, _, stats = await embed_tokens(service, inputs, Encoding("split", partial=True))
     assert [len(matrix) for matrix in matrices] == [12, 0, 3]
     assert [detail.error is None for detail in stats.details] == [True, False, True]
     assert [detail.pieces for detail in stats.details] == [3, 3, 1]
@@ -64,7 +67,7 @@ async def test_a_window_on_which_the_encoder_fails_fails_its_text(engine, make_s
 async def test_partial_does_not_hide_that_the_engine_is_gone(make_service):
     engine = PuppetEngine()
     service = make_service(engine)
-    asked = asyncio.ensure_future(service.embed([[7]], Embedding(partial=True)))
+    asked = asyncio.ensure_future(embed(service, [[7]], Embedding(partial=True)))
     await turns()
     engine.state = State.FAILED
     engine.on_change()
@@ -72,7 +75,19 @@ async def test_partial_does_not_hide_that_the_engine_is_gone(make_service):
         await asked
 
 
+async def test_large_work_of_some_does_not_hold_up_small_work_of_others(make_service):
+    reader = make_service(PuppetEngine()).reader
+    done = threading.Event()
+    large = [asyncio.ensure_future(reader.off_loop(done.wait, 8 * 2**20)) for _ in range(10)]
+    try:
+        assert await asyncio.wait_for(reader.off_loop(lambda: "small", 5000), timeout=20) == "small"
+        assert not any(job.done() for job in large)
+    finally:
+        done.set()
+        await asyncio.gather(*large)
+
+
 async def test_late_chunks_need_a_checkpoint_without_projections(make_service, config):
     projected = replace(config, dense=(DenseConfig("2_Dense", 2, 3, True, "Tanh"),))
     with pytest.raises(WrongKind, match="late: false"):
-        await make_service(PuppetEngine(), projected).embed_chunks(["a"], Chunking(chunk_tokens=2, late=True))
+        await embed_chunks(make_service(PuppetEngine(), projected), ["a"], Chunking(chunk_tokens=2, late=True))

@@ -1,9 +1,11 @@
 """The same ids, segments, cuts and offsets as transformers' fast tokenizer, and never a padded token."""
 
+import functools
 import json
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,15 @@ from hostile import HOSTILE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import edit_json, lively_bert, write_json
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer
 
 from model.batch import pack
 from model.config import ModelConfig
 from model.encoder import Encoder
 from model.errors import CheckpointError, InvalidTokens, UnsupportedModel
+from model.excerpts import excerpt
 from model.tokenizer import Tokenizer
 
 TOKENIZER_FILES = ("config.json", "tokenizer.json", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json")
@@ -191,6 +196,90 @@ def test_cut_pairs_longest_first(both: Both, side, limit: int) -> None:
         assert row.ids.tolist() == wanted["input_ids"][0], pair
         assert row.types.tolist() == wanted["token_type_ids"][0]
         assert row.cut == len(theirs([pair])["input_ids"][0]) - len(row)
+
+
+PIECES = [
+    *(
+        "the river",
+        "unaffable",
+        "cafe\u0301",
+        "İstanbul",
+        "ΟΔΟΣ",
+        "我在吃",
+        "苹",
+        "一",
+        "가나",
+        "豈",
+        "鿿",
+        "㐀",
+        "👍🏽",
+        "a" * 120,
+    ),
+    *("[MASK]", "[SEP]", "[UNK]", "[CL", "S]", ".", "'", "-", " ", "  ", "\n", "\r\n", "\t", "\u00a0", "\u3000"),
+    *("\u0301", "\u200d", "\x00"),
+]
+LONG_TEXTS = st.lists(st.sampled_from(PIECES), min_size=5, max_size=80).map("".join)
+SIDES = st.sampled_from(["left", "right"])
+
+
+@given(LONG_TEXTS, st.integers(2, 6), SIDES)
+@settings(deadline=None, max_examples=100, database=None)
+def test_a_long_text_that_is_not_read_to_its_end_is_cut_to_the_same_tokens(folders: Any, text: str, limit: int, side) -> None:
+    for tokenizer in excerpting(folders):
+        for with_offsets in (False, True):
+            whole, part = (tokenizer.encode([text, "a"], limit, side, with_offsets, enough=enough)[0] for enough in (None, limit))
+            assert part.ids.tolist() == whole.ids.tolist()
+            assert bool(part.cut) == bool(whole.cut)
+            assert not with_offsets or part.offsets.tolist() == whole.offsets.tolist()
+
+
+def assert_parted(tokenizer: Tokenizer, text: str, size: int, side) -> None:
+    """The tokens of an excerpt are those of the text, to the last one."""
+    part = excerpt(text, size, side, tokenizer._parting) if tokenizer._parting else text
+    ids, whole = (row.ids[1:-1].tolist() for row in tokenizer.encode([part, text], UNCUT))
+    assert min(size, len(text)) <= len(part)
+    assert ids == (whole[: len(ids)] if side == "right" else whole[len(whole) - len(ids) :])
+
+
+@given(LONG_TEXTS, st.integers(0, 100), SIDES)
+@settings(deadline=None, max_examples=200, database=None)
+def test_no_token_goes_across_the_end_of_an_excerpt(folders: Any, text: str, size: int, side) -> None:
+    for tokenizer in excerpting(folders):
+        assert_parted(tokenizer, text, size, side)
+
+
+@functools.cache
+def of_folder(folder: Path, lower_case: bool) -> Tokenizer:
+    return Tokenizer.from_folder(folder, replace(ModelConfig.from_folder(folder), lower_case=lower_case))
+
+
+def excerpting(folders: dict[str, Path]) -> list[Tokenizer]:
+    return [of_folder(folders[kind], lower_case) for kind in KINDS for lower_case in (False, True)]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("word", ["river ", "苹果"])
+def test_what_is_read_of_a_long_text_is_bounded(folders: dict[str, Path], side, word: str) -> None:
+    tokenizer = of_folder(folders["tokenizer.json"], False)
+    (row,) = tokenizer.encode([word * 50_000], 10, side, enough=10)
+    assert len(row) == 10
+    assert 10 < len(row) + row.cut < 150  # tokens of 100 characters and the way to the end of a word
+    (exact,) = tokenizer.encode([word * 100], 10, side, enough=1000)
+    assert len(exact) + exact.cut == len(tokenizer.encode([word * 100], UNCUT)[0])
+
+
+ACROSS = [AddedToken("river bank"), AddedToken("苹果"), AddedToken("x", single_word=True)]
+
+
+@pytest.mark.parametrize("added", ACROSS, ids=lambda token: token.content)
+def test_a_text_is_parted_nowhere_where_an_added_token_could_stand_across(minilm: Path, added: AddedToken) -> None:
+    backend = Backend.from_file(str(minilm / "tokenizer.json"))
+    backend.add_tokens([added])
+    tokenizer = Tokenizer(backend, 256, 40_000)
+    text = "一二 x三苹果 x我 river bank. " * 10
+    for size in range(40):
+        for side in ("left", "right"):
+            assert_parted(tokenizer, text, size, side)
 
 
 def test_the_models_own_limit(minilm: Path) -> None:
