@@ -101,8 +101,8 @@ class Engine:
 
     @property
     def pid(self) -> int | None:
-        """The process, also one that has just ended; None before the first."""
-        return self._process.pid if self._process else None
+        """The process; None where there is none."""
+        return self._process.pid if self._process and self._process.returncode is None else None
 
     @property
     def lanes(self) -> int:

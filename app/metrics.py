@@ -31,7 +31,8 @@ class Metrics:
     """
 
     def __init__(self) -> None:
-        disable_created_metrics()  # type: ignore[no-untyped-call]  # the time at which each series was made: as many series again, which nobody asks for
+        # The time at which each series was made would be as many series again, which nobody asks for.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         registry = self.registry = CollectorRegistry()
         self.requests = Counter("bertd_requests", "Requests answered", ["route", "status"], registry=registry)
         self.request_seconds = Histogram(
@@ -101,7 +102,7 @@ class EngineProcesses(Collector):
         cpu = CounterMetricFamily("bertd_engine_cpu_seconds", "CPU time of an engine's process", labels=["engine"])
         for number, pid in enumerate(self.pids()):
             found = {family.name: family.samples[0].value for family in _process(pid)}
-            if found:
+            if "process_cpu_seconds" in found:
                 memory.add_metric([str(number)], found["process_resident_memory_bytes"])
                 cpu.add_metric([str(number)], found["process_cpu_seconds"])
         yield memory

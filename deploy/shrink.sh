@@ -12,7 +12,7 @@ find "$packages/torch/bin" -type f ! -name torch_shm_manager -delete
 find "$packages" -type d -name tests -prune -exec rm -rf {} +
 find "$packages" -name '*.a' -delete
 # symbols that only a debugger reads
-strip --strip-unneeded "$packages"/torch/lib/*.so
+strip --strip-unneeded "$packages"/torch/lib/libtorch_cpu.so "$packages"/torch/lib/libtorch_python.so
 # bytecode of what is imported in rare cases only, and compiled then
 for name in networkx sympy torch/_inductor transformers/models; do
     find "$packages/$name" -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -44,8 +44,6 @@ def _groups(proc: Path, controller: str) -> Iterator[Path]:
 def _upwards(point: Path, root: str, path: str) -> Iterator[Path]:
     """The folder of the group `path` where `root` of its hierarchy is mounted at `point`, and those above it that can be seen."""
     inside = Path(path).relative_to(root) if Path(path).is_relative_to(root) else Path()
-    if ".." in inside.parts:  # outside of what this namespace shows
-        inside = Path()
     yield from (point / above for above in (inside, *inside.parents))
 
 

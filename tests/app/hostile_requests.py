@@ -9,10 +9,8 @@ from typing import Any
 from raw_http import request
 
 from app.main import create_api, refusal
-from app.metrics import Metrics
-from app.settings import Settings
 
-SCHEMA = create_api(Settings(), Metrics(), None, refusal).openapi()
+SCHEMA = create_api(refusal).openapi()
 CLIENT_TEXT = "zebra7"  # stands in whatever is a client's own; no refusal may hold it
 TEXT = json.dumps({"inputs": "abc"}).encode()
 SIZE = len(TEXT)

@@ -43,7 +43,10 @@ def test_all_is_there_from_the_first_scrape(fresh):
     routes = {path.replace(":path", "") for path in labels(first, "bertd_requests_total", "route")}
     assert {*paths, NO_ROUTE} <= routes
     assert labels(first, "bertd_request_seconds_count", "route") == labels(first, "bertd_requests_total", "route")
-    assert first["bertd_engine_state", ("state", "ready")] == 1
+    assert {state: first["bertd_engine_state", ("state", state)] for state in State} == {
+        **dict.fromkeys(State, 0),
+        State.READY: 1,
+    }
     assert first[("bertd_max_queue_tokens",)] > 0
     assert first["bertd_engine_resident_memory_bytes", ("engine", "0")] > 2**20
     assert first[("process_resident_memory_bytes",)] > 2**20

@@ -91,6 +91,8 @@ def processes_limits(tmp_path: Path) -> Callable[..., tuple[float | None, int | 
         ([V2], ["0::/"], {"cpu.max": "100000 0\n"}, (None, None)),
         ([CPU], ["1:cpu:/"], {"cpu/cpu.cfs_quota_us": "100000\n"}, (None, None)),
         ([MEMORY], ["1:cpu:/"], {"memory/memory.limit_in_bytes": "5"}, (None, None)),
+        ([MEMORY], ["1:cpu:/"], {"memory/cpu.cfs_quota_us": "100000", "memory/cpu.cfs_period_us": "100000"}, (None, None)),
+        ([MEMORY], ["2:memory:/"], {"memory/memory.limit_in_bytes": NO_MEMORY_LIMIT}, (None, None)),
         ([], ["0::/"], {}, (None, None)),
     ],
 )
