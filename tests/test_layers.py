@@ -31,7 +31,7 @@ LEVELS = {
         {"bulk", "chunking", "scoring"},
         {"classification", "middleware"},
         {"auth", "serving", "api.json_route", "api.fields", "api.responses"},
-        {"api.answers", "examples"},
+        {"api.answers", "api.tei_bodies", "examples"},
         {"api.tei", "api.openai", "api.chunks", "api.rerank", "api.vllm", "api.classify", "api.ops", "api.admin"},
         {"api.dispatch", "server"},
         {"main"},

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Response
 from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError
 
-from app.api import rerank, tei
+from app.api import rerank, tei, tei_bodies
 from app.api.answers import Accepted
 from app.api.fields import PerTextQuery
 from app.api.json_route import JsonRoute, ServiceOf, describe
@@ -18,20 +18,20 @@ router = APIRouter(tags=["embed"], responses=BINARY | errors(ErrorBody, ANYWHERE
 rerankers = APIRouter(tags=["rerank"], responses=ANSWERED | errors(ErrorBody, ANYWHERE, READ, ENCODED), route_class=JsonRoute)
 
 RerankRequest = Annotated[
-    Annotated[tei.RerankRequest, Tag("of TEI")] | Annotated[rerank.DocumentsRequest, Tag("of Cohere")],
+    Annotated[tei_bodies.RerankRequest, Tag("of TEI")] | Annotated[rerank.DocumentsRequest, Tag("of Cohere")],
     Discriminator(lambda body: "of Cohere" if isinstance(body, dict) and "documents" in body else "of TEI"),
 ]
 Body = Annotated[dict[str, Any], Field(examples=[{"inputs": ["hello"]}])]
-Ranked = list[tei.Rank | tei.Unranked] | tei.Ranks
+Ranked = list[tei_bodies.Rank | tei_bodies.Unranked] | tei_bodies.Ranks
 Answer = (
-    tei.Vectors
-    | tei.Embeddings
-    | tei.Scores
-    | tei.ScoresWithDetails
-    | list[list[tei.Weight] | ErrorBody]
-    | tei.SparseEmbeddings
-    | tei.Predictions
-    | tei.PredictionsWithDetails
+    tei_bodies.Vectors
+    | tei_bodies.Embeddings
+    | tei_bodies.Scores
+    | tei_bodies.ScoresWithDetails
+    | list[list[tei_bodies.Weight] | ErrorBody]
+    | tei_bodies.SparseEmbeddings
+    | tei_bodies.Predictions
+    | tei_bodies.PredictionsWithDetails
     | Ranked
 )
 
@@ -64,15 +64,15 @@ async def invocations(request: Body, service: ServiceOf, query: PerTextQuery, ac
     except ValidationError as error:
         raise InvalidInput(describe(error)) from None
     match read:
-        case tei.EmbedRequest():
+        case tei_bodies.EmbedRequest():
             return await tei.embed(read, service, query, accepted)
-        case tei.SimilarityRequest():
+        case tei_bodies.SimilarityRequest():
             return await tei.similarity(read, service, query)
-        case tei.EmbedSparseRequest():
+        case tei_bodies.EmbedSparseRequest():
             return await tei.embed_sparse(read, service, query)
-        case tei.RerankRequest():
+        case tei_bodies.RerankRequest():
             return await tei.rerank(read, service, query)
-        case tei.PredictRequest():
+        case tei_bodies.PredictRequest():
             return await tei.predict(read, service, query)
     raise AssertionError(wanted)
 
@@ -80,7 +80,7 @@ async def invocations(request: Body, service: ServiceOf, query: PerTextQuery, ac
 def _wanted(kind: Kind, body: Body) -> type[BaseModel]:
     """What a body is to be read as."""
     if kind == "sparse":
-        return tei.EmbedSparseRequest
+        return tei_bodies.EmbedSparseRequest
     if kind == "embedder":
-        return tei.SimilarityRequest if isinstance(body.get("inputs"), dict) else tei.EmbedRequest
-    return tei.RerankRequest if kind == "reranker" and "query" in body else tei.PredictRequest
+        return tei_bodies.SimilarityRequest if isinstance(body.get("inputs"), dict) else tei_bodies.EmbedRequest
+    return tei_bodies.RerankRequest if kind == "reranker" and "query" in body else tei_bodies.PredictRequest
