@@ -74,7 +74,8 @@ def serve(settings: Settings) -> None:
         server = Server(config, service.closing, settings.grace_period, lambda: print(banner, flush=True))
         await server.serve([sock])
         if server.cut_off:
-            raise Failure(f"stopped before {server.cut_off} requests were answered; give BERTD_GRACE_PERIOD more seconds")
+            ended = "by a second signal, or because BERTD_GRACE_PERIOD was over"
+            raise Failure(f"stopped before {server.cut_off} requests were answered, {ended}")
 
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
     _with_service(settings, run)
