@@ -5,6 +5,7 @@ import asyncio
 import json
 import logging
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -47,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def serve(settings: Settings) -> None:
     """Serve over HTTP until SIGTERM or SIGINT; every accepted request is answered first."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until it listens: as process 1 it would not hear it otherwise
     sock = _listen(settings)
     import uvicorn  # once the port is known to be free: a refusal comes at once
 
