@@ -57,6 +57,7 @@ def _terminate(number: int, frame: object) -> None:
 
 def serve(settings: Settings) -> None:
     """Serve over HTTP until SIGTERM or SIGINT; every accepted request is answered first."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until it listens: as process 1 it would not hear it otherwise
     sock = _listen(settings)
     import uvicorn  # once the port is known to be free: a refusal comes at once
 
@@ -88,7 +89,8 @@ def serve(settings: Settings) -> None:
         server = Server(config, serving, settings.grace_period, lambda: print(banner, flush=True))
         await server.serve([sock])
         if server.cut_off:
-            raise Failure(f"stopped before {server.cut_off} requests were answered; give BERTD_GRACE_PERIOD more seconds")
+            ended = "by a second signal, or because BERTD_GRACE_PERIOD was over"
+            raise Failure(f"stopped before {server.cut_off} requests were answered, {ended}")
 
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
     if settings.log_inputs:

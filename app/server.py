@@ -52,7 +52,8 @@ class Server(uvicorn.Server):
         yield
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self._loop.call_soon_threadsafe(self._on_signal)
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and the process about to end
+            self._loop.call_soon_threadsafe(self._on_signal)
 
     def _on_signal(self) -> None:
         if self._serving.closing.is_set():
@@ -88,13 +89,12 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
     async def _cut_off(self) -> None:
-        tasks = set(self.server_state.tasks)
-        self.cut_off = len(tasks)
+        self.cut_off = sum(connection.owes_answer for connection in self._connections())
         for server in self.servers:
             server.close()
         for connection in self._connections():
             connection.transport.abort()  # each task ends as when its client hangs up
-        if tasks:
+        if tasks := set(self.server_state.tasks):
             await asyncio.wait(tasks, timeout=_LAST_SECONDS)
         await self.lifespan.shutdown()
 
@@ -109,8 +109,10 @@ def connection_limit(wanted: int) -> int:
         return wanted
     needed = wanted + _OTHER_FILES
     if soft < needed:
-        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        with contextlib.suppress(OSError, ValueError):  # some systems allow less than they tell
+            raised = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
+            soft = raised
     limit = min(wanted, max(1, soft - _OTHER_FILES))
     if limit < wanted:
         log.warning("%d connections at most, not %d: the process may have %d descriptors; see ulimit -n", limit, wanted, soft)

@@ -5,10 +5,10 @@ shape of every other refusal, and the connection ends.
 """
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import StrEnum
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import httptools
 from starlette.responses import Response
@@ -24,26 +24,15 @@ _LINGER_SECONDS = 2.0  # for a client to read a refusal before its connection is
 _LINGER_BYTES = 2**20  # and what it may send meanwhile
 TURNED_AWAY = 64  # connections above the limit that are told so; more are cut without a word
 
-_FRAMING = (b"content-length", b"transfer-encoding")
+_CODING = b"transfer-encoding"
+_FRAMING = (b"content-length", _CODING)
 
+Reading = Literal["nothing", "head", "body"]
+"""The part of a request that the parser is in."""
 
-class Reading(StrEnum):
-    """The part of a request that the parser is in."""
-
-    NOTHING = "nothing"
-    HEAD = "head"
-    BODY = "body"
-
-
-class Wait(StrEnum):
-    """What a connection waits for while no answer is being made."""
-
-    START = "start"  # the first byte
-    HEAD = "head"  # the end of a head
-    BODY = "body"  # the end of a body whose request was answered before it
-    NEXT = "next"  # another request
-    LEAVE = "leave"  # the client, to take its last answer
-    LINGER = "linger"  # the client, to read a refusal and close
+Wait = Literal["start", "head", "body", "next", "leave", "linger"]
+"""What a connection waits for while no answer is being made: the first byte, the end of a head, the end of a body whose request
+was answered before it, another request, the client to take its last answer, the client to read a refusal and close."""
 
 
 @dataclass
@@ -54,7 +43,7 @@ class Wire:
     body_timeout: float
     max_connections: int
     refuse: Callable[[ServiceError], Response]
-    turned_away: int = 0
+    turned_away: int = 0  # connections above the limit that are being told so
 
     def protocol(self) -> type["Connection"]:
         """The class of these connections, for uvicorn to make each of."""
@@ -72,7 +61,7 @@ class Connection(HttpToolsProtocol):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._reading = Reading.NOTHING
+        self._reading: Reading = "nothing"
         self._head_bytes = 0  # that the parser has handed over: of a head, and of the trailers after its body
         self._held_bytes = 0  # that it got since it last handed anything over
         self._discarded = 0
@@ -126,27 +115,28 @@ class Connection(HttpToolsProtocol):
     # What the parser calls
 
     def on_message_begin(self) -> None:
-        if self._reading is Reading.NOTHING:
+        if self._reading == "nothing":
             super().on_message_begin()
-            self._reading = Reading.HEAD
+            self._reading = "head"
             self._head_bytes = 0
 
     def on_url(self, url: bytes) -> None:
-        if self._reading is Reading.HEAD:
+        if self._reading == "head":
             self._grow(len(url))
             super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._grow(len(name) + len(value))
-        if self._reading is Reading.HEAD:  # a trailer is no header: it would change a request that is being answered
-            super().on_header(name, value)
-            if len(self.headers) > _HEADERS:
-                raise _head_too_large()
-            if self.headers[-1][0] == b"transfer-encoding" and value.lower() != b"chunked":
-                raise MalformedRequest("the request has a transfer coding besides chunked; send it with chunked or none")
+        if self._reading != "head":
+            return  # a trailer: it would change a request that is being answered
+        if len(self.headers) == _HEADERS:
+            raise _head_too_large()
+        if len(name) == len(_CODING) and name.lower() == _CODING and value.lower() != b"chunked":
+            raise MalformedRequest("the request has a transfer coding besides chunked; send it with chunked or none")
+        super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        if self._reading is not Reading.HEAD:
+        if self._reading != "head":
             return
         if self.parser.get_method() == b"CONNECT" or self.parser.get_http_version() not in ("1.0", "1.1"):
             raise MalformedRequest("the request is not of HTTP/1.1, or wants a proxy; send HTTP/1.1 with a path")
@@ -155,7 +145,7 @@ class Connection(HttpToolsProtocol):
             self._deaf = True
             raise MalformedRequest("too many requests are pipelined")
         super().on_headers_complete()
-        self._reading = Reading.BODY
+        self._reading = "body"
 
     def on_body(self, body: bytes) -> None:
         self._held_bytes = 0
@@ -164,7 +154,7 @@ class Connection(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         if not self.parser.should_upgrade():  # else its body is still to come: see _stay
             self._held_bytes = 0
-            self._reading = Reading.NOTHING
+            self._reading = "nothing"
             super().on_message_complete()
 
     def _grow(self, size: int) -> None:
@@ -208,6 +198,11 @@ class Connection(HttpToolsProtocol):
                 self._say(self._refusal)
         self._watch()
 
+    @property
+    def owes_answer(self) -> bool:
+        """Whether there is an answer that is not made yet, or that the client has not taken whole."""
+        return self._busy or self.transport.get_write_buffer_size() > 0
+
     def answer_last(self) -> None:
         """The answer that is being made, if one is, is the last on this connection."""
         if self._running is not None:
@@ -222,21 +217,21 @@ class Connection(HttpToolsProtocol):
 
     def _waits_for(self) -> Wait | None:
         if self.transport.is_closing():
-            return Wait.LEAVE
+            return "leave"
         if self._busy:
             return None  # the client waits for us; time-outs of the body and of the work are the app's
         if self._deaf:
-            return Wait.LINGER
-        if self._reading is Reading.BODY:
-            return Wait.BODY
-        if self._reading is Reading.HEAD or self._held_bytes:
-            return Wait.HEAD
-        return Wait.NEXT if self._running else Wait.START
+            return "linger"
+        if self._reading == "body":
+            return "body"
+        if self._reading == "head" or self._held_bytes:
+            return "head"
+        return "next" if self._running else "start"
 
     def _watch(self) -> None:
         """Have a timer run for what the client owes; it starts when that changes, never with a byte."""
         wait = self._waits_for()
-        if wait is self._wait:
+        if wait == self._wait:
             return
         self._wait = wait
         if self._timer is not None:
@@ -244,14 +239,14 @@ class Connection(HttpToolsProtocol):
         self._timer = self.loop.call_later(self._patience(wait), self._on_late) if wait else None
 
     def _patience(self, wait: Wait) -> float:
-        if wait in (Wait.START, Wait.HEAD):
+        if wait in ("start", "head"):
             return self.wire.header_timeout
-        if wait is Wait.NEXT:
+        if wait == "next":
             return self.timeout_keep_alive
-        return _LINGER_SECONDS if wait is Wait.LINGER else self.wire.body_timeout
+        return _LINGER_SECONDS if wait == "linger" else self.wire.body_timeout
 
     def _on_late(self) -> None:
-        if self._wait is Wait.HEAD:
+        if self._wait == "head":
             seconds = self.wire.header_timeout
             self._refuse(RequestTimeout(f"the head of the request was not complete after {seconds:g} s; send it at once"))
             self._watch()
@@ -275,8 +270,8 @@ class Connection(HttpToolsProtocol):
         """End the connection with a refusal, after the answers to the requests before the one that is refused."""
         self._deaf = True
         self.flow.resume_reading()  # a large body may have paused it, and the end of the connection is to be seen
-        broken = self.cycle if self._reading is Reading.BODY else None
-        self.pipeline = type(self.pipeline)(queued for queued in self.pipeline if queued[0] is not broken)
+        broken = self.cycle if self._reading == "body" else None
+        self.pipeline = deque(queued for queued in self.pipeline if queued[0] is not broken)
         if self._busy and self._running is not broken:
             self._refusal = error
         elif broken is not None and broken.response_started:
