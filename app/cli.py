@@ -57,7 +57,6 @@ def _terminate(number: int, frame: object) -> None:
 
 def serve(settings: Settings) -> None:
     """Serve over HTTP until SIGTERM or SIGINT; every accepted request is answered first."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until it listens: as process 1 it would not hear it otherwise
     sock = _listen(settings)
     import uvicorn  # once the port is known to be free: a refusal comes at once
 
