@@ -21,6 +21,7 @@ LogFormat = Literal["auto", "json", "text"]
 INPUT_CHARACTERS = 1000  # of a body that are logged where that is asked for
 
 _MOST_LINES = 10_000  # that wait for the writer: seconds of the heaviest load, and a few megabytes
+_GATHER_SECONDS = 0.05  # that lines wait for others: each time that the writer wakes, it interrupts the event loop
 _LAST_SECONDS = 1.0  # that an exit waits for the last lines to be written
 
 _requests = logging.getLogger("bertd.request")
@@ -33,6 +34,7 @@ def set_up(level: str, form: LogFormat) -> None:
     handler.setFormatter(TextFormatter() if is_text else JsonFormatter())
     # Nothing prints these, and finding them out is most of what a record costs.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging._srcfile = None  # see "Optimization" in the documentation of logging
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(level.upper())
@@ -146,6 +148,7 @@ class Writer(logging.Handler):
         self._descriptor = descriptor
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._dropped = 0
+        self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
         self._thread.start()
 
@@ -158,15 +161,17 @@ class Writer(logging.Handler):
     def close(self) -> None:
         """Write what waits; at exit `logging` calls this."""
         self._lines.put(None)
+        self._closing.set()
         self._thread.join(_LAST_SECONDS)
         super().close()
 
     def _run(self) -> None:
-        """Write all that waits at once, again and again: under load one write carries many lines."""
+        """Write all that waits at once, again and again."""
         told = 0
         lines: list[str | None] = []
         while None not in lines:
             lines = [self._lines.get()]
+            self._closing.wait(_GATHER_SECONDS)
             lines += [self._lines.get() for _ in range(self._lines.qsize())]
             if self._dropped > told:  # since the queue was full: they came after all of these
                 lines.append(self._note(f"{self._dropped - told} lines are missing here: standard error was not read in time"))

@@ -4,8 +4,8 @@ import asyncio
 import logging
 import math
 import re
+import secrets
 import time
-import uuid
 from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -106,7 +106,7 @@ def _keeping(receive: Receive, record: RequestRecord) -> Receive:
 
 def _request_id(headers: Headers) -> str:
     sent = headers.get("x-request-id", "")
-    return sent if sent.isascii() and sent.isprintable() and 0 < len(sent) <= _REQUEST_ID_SIZE else uuid.uuid4().hex
+    return sent if sent.isascii() and sent.isprintable() and 0 < len(sent) <= _REQUEST_ID_SIZE else secrets.token_hex(16)
 
 
 class PlainPaths:

@@ -1,5 +1,6 @@
 """What the headers Accept and Accept-Encoding ask for."""
 
+from functools import lru_cache
 from typing import Literal
 
 MediaType = Literal["application/json", "application/octet-stream", "application/safetensors"]
@@ -7,8 +8,10 @@ Coding = Literal["gzip", "zstd"]
 
 _MEDIA_TYPES: tuple[MediaType, ...] = ("application/safetensors", "application/octet-stream", "application/json")
 _CODINGS: tuple[Coding, ...] = ("gzip", "zstd")
+_KEPT = 32  # headers: nearly all clients send one of a few
 
 
+@lru_cache(_KEPT)
 def media_type(accept: str) -> MediaType:
     """The media type of ours that is preferred among those named; JSON where none is."""
     weights = _weights(accept)
@@ -16,6 +19,7 @@ def media_type(accept: str) -> MediaType:
     return max(named, key=lambda media: weights[media], default="application/json")
 
 
+@lru_cache(_KEPT)
 def content_coding(accept_encoding: str) -> Coding | None:
     """The coding that is asked for: gzip or zstd, where it is preferred above every other coding that is named.
 

@@ -74,7 +74,7 @@ def _source(hint: Any) -> Callable[[Request], Any] | None:
             return note.dependency
         if isinstance(note, params.Query):
             read = TypeAdapter(hint.__origin__).validate_python
-            return lambda request: read(dict(request.query_params))
+            return lambda request: read(dict(request.query_params) if request.scope["query_string"] else {})
     return None
 
 
