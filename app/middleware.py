@@ -25,6 +25,7 @@ Refuse = Callable[[ServiceError, Scope], ASGIApp]
 _REQUEST_ID_SIZE = 128
 _TIMEOUT_HEADER = "x-request-timeout"
 _UTF8_SIZE = 4  # bytes of a character, at most
+_LARGEST_BODIES = 32  # that the bodies of all requests at once may come to
 _LINGER_BYTES = 64 * 2**20  # of a refused body that are read and thrown away, so that the client gets to read the refusal
 _LINGER_SECONDS = 5.0
 _ALWAYS_OPEN = ("/health", "/ready", "/metrics")
@@ -170,12 +171,14 @@ class Door:
 class BodyLimit:
     """Refuses a body that is too large before it is read whole: by its declared length, else when it passes the limit.
 
-    Whoever waits for the body may raise RequestTimeout; that is answered here too.
+    So it does with any body while those that are here come to as much as a few of the largest: what many clients send at
+    once must fit the memory, too. Whoever waits for the body may raise RequestTimeout; that is answered here as well.
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int, refuse: Refuse) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._held = 0  # bytes of the bodies of all requests
         self._refuse = refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -187,22 +190,27 @@ class BodyLimit:
         async def limited_receive() -> Message:
             nonlocal read
             message = await receive()
-            read += len(message.get("body", b""))
-            if read > self._max_bytes:
-                raise self._too_large()
+            size = len(message.get("body", b""))
+            read += size
+            self._held += size
+            self._check(read)
             return message
 
         try:
-            if int(Headers(scope=scope).get("content-length", 0)) > self._max_bytes:
-                raise self._too_large()
+            self._check(int(Headers(scope=scope).get("content-length", 0)))
             await self._app(scope, limited_receive, send)
-        except (BodyTooLarge, RequestTimeout) as error:
+        except (BodyTooLarge, Overloaded, RequestTimeout) as error:
             await self._refuse(error, scope)(scope, receive, _lingering(send, receive))
+        finally:
+            self._held -= read
 
-    def _too_large(self) -> BodyTooLarge:
-        return BodyTooLarge(
-            f"the body is larger than {self._max_bytes} bytes; send fewer or shorter texts, or raise BERTD_MAX_BODY_BYTES"
-        )
+    def _check(self, size: int) -> None:
+        if size > self._max_bytes:
+            raise BodyTooLarge(
+                f"the body is larger than {self._max_bytes} bytes; send fewer or shorter texts, or raise BERTD_MAX_BODY_BYTES"
+            )
+        if self._held > _LARGEST_BODIES * self._max_bytes:
+            raise Overloaded(f"the requests that are here have {self._held} bytes; try again in 1 s", retry_after=1)
 
 
 def _lingering(send: Send, receive: Receive) -> Send:

@@ -66,7 +66,7 @@ class Settings(BaseModel):
     body_timeout: float = Field(
         30.0, gt=0, description="seconds in which a body must arrive, and in which a client must take more of an answer"
     )
-    max_connections: int = Field(1000, ge=1, description="connections at once, where the process may have so many descriptors")
+    max_connections: int = Field(4096, ge=1, description="connections at once, where the process may have so many descriptors")
     grace_period: float = Field(30.0, ge=0, description="seconds that accepted requests get when the server stops")
     api_key: SecretStr | None = Field(
         None, description="keys that clients send as `Authorization: Bearer KEY`, comma-separated; default: nobody needs one"

@@ -332,3 +332,22 @@ def test_what_the_wire_refuses_is_counted(tidy):
     before = metric(tidy, refused)
     exchange(tidy, b"hello\r\n\r\n")
     assert metric(tidy, refused) == before + 1
+
+
+def test_bodies_that_come_to_too_much_together_are_refused_until_some_are_done(make_checkpoint):
+    with running_server(model=make_checkpoint(), max_body_bytes=1000) as server, contextlib.ExitStack() as stack:
+        waiting = [stack.enter_context(connect(server)) for _ in range(33)]
+        for connection in waiting:
+            connection.sendall(b"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n" + b" " * 999)
+
+        def is_full():
+            return server.post("/embed", inputs="a").status_code == 429
+
+        wait_until(is_full)
+        refused = server.post("/embed", inputs="a")
+        assert refused.json()["error_type"] == "Overloaded"
+        assert refused.headers["retry-after"] == "1"
+        for connection in waiting:
+            connection.close()
+        wait_until(lambda: not is_full())
+        assert server.post("/embed", inputs="a").status_code == 200
