@@ -16,7 +16,8 @@ from app.compression import Compress
 from app.cors import cross_origin
 from app.errors import NotFound, ServiceError
 from app.metrics import Metrics
-from app.middleware import BodyLimit, CancelOnDisconnect, Deadline, Door, Observe, PlainPaths, Refuse, path_of
+from app.middleware import BodyLimit, CancelOnDisconnect, Deadline, Door, PlainPaths, Refuse, path_of
+from app.observe import Observe
 from app.record import current_record
 from app.render import json_bytes
 from app.service import VERSION

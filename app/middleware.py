@@ -1,113 +1,23 @@
-"""What surrounds every request, as pure ASGI classes: observation, paths, the door, the body's limit, hang-ups, deadlines."""
+"""What surrounds every request, as pure ASGI classes: plain paths, the door, the body's limit and time, hang-ups, deadlines."""
 
 import asyncio
-import logging
 import math
 import re
-import secrets
-import time
 from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.errors import BodyTooLarge, DeadlineExceeded, InvalidInput, NotFound, NotReady, Overloaded, RequestTimeout, ServiceError
-from app.logs import INPUT_CHARACTERS, log_request
-from app.metrics import Metrics
-from app.record import NO_ROUTE, RequestRecord, begin_record
-from app.traces import Tracer, valid_traceparent
-
-log = logging.getLogger("bertd.request")
 
 Refuse = Callable[[ServiceError, Scope], ASGIApp]
 """An error as the answer that the client of a path understands."""
 
-_REQUEST_ID_SIZE = 128
 _TIMEOUT_HEADER = "x-request-timeout"
-_UTF8_SIZE = 4  # bytes of a character, at most
 _LARGEST_BODIES = 32  # that the bodies of all requests at once may come to
 _LINGER_BYTES = 64 * 2**20  # of a refused body that are read and thrown away, so that the client gets to read the refusal
 _LINGER_SECONDS = 5.0
 _ALWAYS_OPEN = ("/health", "/ready", "/metrics")
-
-
-class Observe:
-    """Outermost: gives the request an id, counts, times, logs and traces it, turns unknown exceptions into a 500 without inner
-    text."""
-
-    def __init__(
-        self, app: ASGIApp, metrics: Metrics, refuse: Refuse, tracer: Tracer | None = None, log_inputs: bool = False
-    ) -> None:
-        self._app = app
-        self._metrics = metrics
-        self._refuse = refuse
-        self._tracer = tracer
-        self._log_inputs = log_inputs
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        headers = Headers(scope=scope)
-        record = RequestRecord(_request_id(headers), scope["method"], valid_traceparent(headers.getlist("traceparent")))
-        span = self._tracer.begin(record, headers.get("tracestate", "")) if self._tracer else None
-        begin_record(record)
-        if self._log_inputs:
-            receive = _keeping(receive, record)
-        try:
-            await self._answer(scope, receive, _observed(send, record), record)
-        finally:
-            record.route = getattr(scope.get("route"), "path", NO_ROUTE)  # the pattern: a client can't add a series
-            record.status = record.status or 499
-            record.seconds = time.perf_counter() - record.start
-            self._metrics.answered(record.route, record.status, record.seconds)
-            log_request(record)
-            if self._tracer:
-                self._tracer.end(record, span)
-
-    async def _answer(self, scope: Scope, receive: Receive, send: Send, record: RequestRecord) -> None:
-        try:
-            await self._app(scope, receive, send)
-        except Exception as error:
-            log.error("a defect of ours", {"request_id": record.request_id}, exc_info=error)
-            if record.status:
-                raise ConnectionError("the answer broke off") from None  # the server closes the connection
-            internal = ServiceError(f"internal error; the log has more under request id {record.request_id}")
-            await self._refuse(internal, scope)(scope, receive, send)
-
-
-def _observed(send: Send, record: RequestRecord) -> Send:
-    """A `send` that tells the record what is answered, and the client what the record is found by."""
-    added = [(b"x-request-id", record.request_id.encode()), (b"x-content-type-options", b"nosniff")]
-    if record.traceparent:
-        added.append((b"traceparent", record.traceparent.encode()))
-
-    async def observed_send(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            record.status = message["status"]
-            message["headers"] = [*message.get("headers", ()), *added]
-        else:
-            record.bytes_out += len(message.get("body", b""))
-        await send(message)
-
-    return observed_send
-
-
-def _keeping(receive: Receive, record: RequestRecord) -> Receive:
-    """A `receive` that keeps the start of the body in the record."""
-
-    async def keeping_receive() -> Message:
-        message = await receive()
-        room = INPUT_CHARACTERS * _UTF8_SIZE - len(record.body)
-        record.body += message.get("body", b"")[:room]
-        return message
-
-    return keeping_receive
-
-
-def _request_id(headers: Headers) -> str:
-    sent = headers.get("x-request-id", "")
-    return sent if sent.isascii() and sent.isprintable() and 0 < len(sent) <= _REQUEST_ID_SIZE else secrets.token_hex(16)
 
 
 class PlainPaths:

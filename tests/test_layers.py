@@ -30,7 +30,7 @@ LEVELS = {
         {"embedding"},
         {"bulk", "chunking", "scoring"},
         {"classification", "middleware"},
-        {"auth", "serving", "api.json_route", "api.fields", "api.responses"},
+        {"auth", "observe", "serving", "api.json_route", "api.fields", "api.responses"},
         {"api.answers", "api.tei_bodies", "examples"},
         {"api.tei", "api.openai", "api.chunks", "api.rerank", "api.vllm", "api.classify", "api.ops", "api.admin"},
         {"api.dispatch", "server"},

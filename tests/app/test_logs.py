@@ -17,7 +17,7 @@ from app import logs
 from app.logs import JsonFormatter, TextFormatter, Writer
 from app.main import refusal
 from app.metrics import Metrics
-from app.middleware import Observe
+from app.observe import Observe
 from app.record import RequestRecord, current_record
 
 SECRET = "what nobody but the client may know"

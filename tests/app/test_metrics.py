@@ -13,7 +13,7 @@ from servers import running_server
 from app import errors
 from app.engine import State
 from app.metrics import STAGES
-from app.middleware import NO_ROUTE
+from app.record import NO_ROUTE
 
 
 @pytest.fixture(scope="module")
