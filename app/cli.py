@@ -62,11 +62,13 @@ def serve(settings: Settings) -> None:
 
     from app.auth import Keys
     from app.main import counted_refusal, create_app
+    from app.memory import keep_memory_small
     from app.server import Server, connection_limit
     from app.serving import Serving, running_serving
     from app.traces import open_tracer
     from app.wire import Wire
 
+    keep_memory_small()
     Keys(settings)  # a file without keys is refused before the model is loaded
 
     limit = connection_limit(settings.max_connections)

@@ -22,7 +22,7 @@ LEVELS = {
         {"runner"},
     ],
     "app": [
-        {"settings", "errors", "render", "frames", "negotiation", "lifeline", "record"},
+        {"settings", "errors", "render", "frames", "negotiation", "lifeline", "memory", "record"},
         {"metrics", "engine", "compression", "classifiers", "fitting", "wire", "cors", "logs", "traces"},
         {"worker", "scheduler", "inputs"},
         {"outcomes"},
