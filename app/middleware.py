@@ -119,7 +119,7 @@ class BodyLimit:
             raise BodyTooLarge(
                 f"the body is larger than {self._max_bytes} bytes; send fewer or shorter texts, or raise BERTD_MAX_BODY_BYTES"
             )
-        if self._held > _LARGEST_BODIES * self._max_bytes:
+        if size and self._held > _LARGEST_BODIES * self._max_bytes:  # whoever brings nothing, as a probe, adds nothing
             raise Overloaded(f"the requests that are here have {self._held} bytes; try again in 1 s", retry_after=1)
 
 

@@ -347,6 +347,7 @@ def test_bodies_that_come_to_too_much_together_are_refused_until_some_are_done(m
         refused = server.post("/embed", inputs="a")
         assert refused.json()["error_type"] == "Overloaded"
         assert refused.headers["retry-after"] == "1"
+        assert [server.client.get(path).status_code for path in ("/health", "/ready", "/info")] == [200, 200, 200]
         for connection in waiting:
             connection.close()
         wait_until(lambda: not is_full())
