@@ -147,7 +147,8 @@ class Scheduler:
 
     def check_room(self) -> None:
         """Raises what `submit` would for almost any text, while the queue is almost full: before a request costs anything."""
-        if self._rows and self._ahead + self.max_queue_tokens // _DOOR_SHARE > self.max_queue_tokens:
+        limit = self.max_queue_tokens
+        if self._rows and self._ahead + limit // _DOOR_SHARE > limit:
             raise self._refusal(self._ahead, "")
 
     def show(self) -> None:

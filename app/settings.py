@@ -71,7 +71,6 @@ class Settings(BaseModel):
     api_key: SecretStr | None = Field(
         None, description="keys that clients send as `Authorization: Bearer KEY`, comma-separated; default: nobody needs one"
     )
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
     api_key_file: str | None = Field(
         None, min_length=1, description="file with more such keys, one a line; it is read again when it changes"
     )
@@ -85,6 +84,7 @@ class Settings(BaseModel):
         description="origins whose web pages may use the server, comma-separated as `https://a.example,https://b.example`, "
         "or `*` for all; default: none",
     )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
     log_format: Literal["auto", "json", "text"] = Field(
         "auto", description="json: an object a line; text: for eyes; auto: text on a terminal, else json"
     )

@@ -23,10 +23,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import numpy as np
 
+from benchmarks.client import Client
 from benchmarks.machine import describe_machine
 from benchmarks.peers import bertd
 from benchmarks.tables import write_section
@@ -163,39 +163,16 @@ def closed_loop(server: Server, bodies: list[bytes], clients: int, seconds: int)
 
 async def open_loop(server: Server, bodies: list[bytes], rate: float, seconds: float) -> Load:
     """Requests at times of a Poisson process, whatever the server does; latency counts from the time that was meant."""
-    random = np.random.default_rng(0)
-    parts = urlsplit(server.url)
-    head = f"POST {parts.path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: "
-    idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
-    times, bad = [], 0
-
-    async def one(body: bytes, due: float) -> None:
-        nonlocal bad
-        while idle and idle[-1][0].at_eof():  # servers close connections that are idle for long
-            idle.pop()[1].close()
-        reader, writer = idle.pop() if idle else await asyncio.open_connection(parts.hostname, parts.port)
-        writer.write(f"{head}{len(body)}\r\n\r\n".encode() + body)
-        answer = await reader.readuntil(b"\r\n\r\n")
-        length = int(re.search(rb"content-length: (\d+)", answer, re.I)[1])
-        await reader.readexactly(length)
-        bad += not answer.startswith(b"HTTP/1.1 200")
-        times.append(time.perf_counter() - due)
-        idle.append((reader, writer))
-
+    client = Client(server.url)
     pids = tree(server.pid)
-    before, client, start = cpu_seconds(pids), time.process_time(), time.perf_counter()
-    running, due = [], start
-    while due < start + seconds:
-        due += random.exponential(1 / rate)
-        await asyncio.sleep(max(0.0, due - time.perf_counter()))
-        running.append(asyncio.ensure_future(one(bodies[len(running) % len(bodies)], due)))
-    await asyncio.gather(*running)
+    before, used, start = cpu_seconds(pids), time.process_time(), time.perf_counter()
+    results = await client.open_loop(bodies, rate, seconds)
     spent = time.perf_counter() - start
-    p50, p99 = np.percentile(times, [50, 99]) * 1000
-    cpu, own = (cpu_seconds(pids) - before) / spent, (time.process_time() - client) / spent
-    for _, writer in idle:
-        writer.close()
-    return Load(len(times) / spent, p50, p99, bad, cpu, own, resident_mib(pids))
+    client.close()
+    p50, p99 = np.percentile([result.seconds for result in results], [50, 99]) * 1000
+    bad = sum(result.status != 200 for result in results)
+    cpu, own = (cpu_seconds(pids) - before) / spent, (time.process_time() - used) / spent
+    return Load(len(results) / spent, p50, p99, bad, cpu, own, resident_mib(pids))
 
 
 def row(server: str, what: str, load: Load) -> str:

@@ -20,7 +20,7 @@ import numpy as np
 import uvloop
 
 from benchmarks.machine import describe_machine
-from benchmarks.serve import MODEL, started, tree
+from benchmarks.serve import MODEL, resident_mib, started, tree
 from benchmarks.workloads import make_workload
 from model.hub import find_model
 
@@ -35,7 +35,7 @@ _ALLOWED = {200, 400, 404, 413, 422, 429, 504}
 class Reading:
     """What the process tree holds in a rest."""
 
-    memory: float  # MiB
+    memory: int  # MiB
     descriptors: int
     threads: int
 
@@ -100,14 +100,8 @@ class Soak:
 
 def read(pid: int) -> Reading:
     pids = tree(pid)
-    memory = sum(_proportional(Path(f"/proc/{each}/smaps_rollup")) for each in pids)
     descriptors = sum(len(list(Path(f"/proc/{each}/fd").iterdir())) for each in pids)
-    return Reading(memory, descriptors, sum(len(list(Path(f"/proc/{each}/task").iterdir())) for each in pids))
-
-
-def _proportional(rollup: Path) -> float:
-    """MiB of a process; what processes share counts once."""
-    return next(int(line.split()[1]) for line in rollup.read_text().splitlines() if line.startswith("Pss:")) / 1024
+    return Reading(resident_mib(pids), descriptors, sum(len(list(Path(f"/proc/{each}/task").iterdir())) for each in pids))
 
 
 def verdict(readings: list[Reading]) -> list[str]:

@@ -2,8 +2,6 @@
 
 import os
 import socket
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import httptools
@@ -85,10 +83,3 @@ def exchange(server, *pieces: bytes, count: int = 0) -> list[Answer]:
 def descriptors(server) -> int:
     """How many the process of the server has open."""
     return len(os.listdir(f"/proc/{server.process.pid}/fd"))
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come true"
-        time.sleep(0.02)

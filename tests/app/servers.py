@@ -43,6 +43,10 @@ class RunningServer:
     def post(self, path: str, **body: object) -> httpx.Response:
         return self.client.post(path, json=body)
 
+    def metric(self, name: str) -> float:
+        """The value of a metric without labels."""
+        return float(re.search(rf"^{name} (\S+)$", self.client.get("/metrics").text, re.MULTILINE)[1])
+
     def children(self) -> list[int]:
         """The process ids of its engines."""
         return [int(pid) for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()]

@@ -1,24 +1,18 @@
 """Requests that take longer than they may: 504, and what they have waiting never reaches the encoder."""
 
-import re
-
 import pytest
 
 LIST = ["word " * 200] * 180
 
 
-def count(server, metric):
-    return float(re.search(rf"^{metric} (\S+)$", server.client.get("/metrics").text, re.MULTILINE)[1])
-
-
 def test_a_client_names_its_own_deadline_and_its_rows_are_dropped(server):
-    before = count(server, "bertd_batch_rows_sum")
+    before = server.metric("bertd_batch_rows_sum")
     late = server.client.post("/embed", json={"inputs": LIST}, headers={"x-request-timeout": "0.3"})
     assert late.status_code == 504
     assert late.json() == {"error": "no answer within 0.3 s; send fewer texts or try again later", "error_type": "Timeout"}
-    assert count(server, "bertd_queue_rows") == 0
+    assert server.metric("bertd_queue_rows") == 0
     assert server.post("/embed", inputs="after it").status_code == 200
-    assert count(server, "bertd_batch_rows_sum") - before < len(LIST)
+    assert server.metric("bertd_batch_rows_sum") - before < len(LIST)
 
 
 def test_the_deadline_speaks_the_dialect_of_the_route(server):

@@ -1,7 +1,6 @@
 """The engine dies, hangs, can't come back: nobody gets a wrong answer, and nobody waits for ever."""
 
 import os
-import re
 import shutil
 import signal
 import threading
@@ -30,10 +29,6 @@ def check(load, wanted):
             np.testing.assert_allclose(answer.json(), vectors, rtol=0, atol=1e-6)
 
 
-def metric(server, name):
-    return float(re.search(rf"^{name} (\S+)$", server.client.get("/metrics").text, re.MULTILINE)[1])
-
-
 def status(server, path):
     return server.client.get(path).status_code
 
@@ -51,8 +46,8 @@ def test_an_engine_that_is_killed_under_load_costs_nobody_an_answer(make_checkpo
                 load.go_on(3)  # rows aboard have been answered, so that no text is aboard both deaths
                 assert status(server, "/ready") == 200
         check(load, wanted)
-        assert metric(server, "bertd_engine_restarts_total") == 2
-        assert metric(server, "bertd_queue_rows") == 0
+        assert server.metric("bertd_engine_restarts_total") == 2
+        assert server.metric("bertd_queue_rows") == 0
 
 
 def test_an_engine_that_hangs_under_load_is_replaced(make_checkpoint):
@@ -75,7 +70,7 @@ def test_while_the_engine_starts_again_a_full_queue_answers_503_and_says_when_to
         waiting = []
         patient = threading.Thread(target=lambda: waiting.append(server.post("/embed", inputs="a " * 36)))
         patient.start()
-        until(lambda: metric(server, "bertd_queue_tokens") > 30)
+        until(lambda: server.metric("bertd_queue_tokens") > 30)
         refused = server.post("/embed", inputs="b " * 36)
         assert refused.status_code == 503
         assert refused.json()["error_type"] == "Unhealthy"
@@ -99,9 +94,9 @@ def test_single_texts_pass_a_long_list(server):
     bulk = []
     sender = threading.Thread(target=lambda: bulk.append(server.post("/embed", inputs=["a text of the list"] * 2000)))
     sender.start()
-    until(lambda: metric(server, "bertd_queue_rows") > 1000)
+    until(lambda: server.metric("bertd_queue_rows") > 1000)
     passed = 0
-    while metric(server, "bertd_queue_rows") > 500:
+    while server.metric("bertd_queue_rows") > 500:
         assert server.post("/embed", inputs="a single text").status_code == 200
         passed += 1
     sender.join()
@@ -123,7 +118,7 @@ def test_overload_is_refused_kindly_and_what_is_accepted_is_right(make_checkpoin
             else:
                 assert answer.json()["error_type"] == "Overloaded"
                 assert int(answer.headers["retry-after"]) >= 1
-        assert metric(server, "bertd_queue_tokens") == 0
+        assert server.metric("bertd_queue_tokens") == 0
         assert server.post("/embed", inputs=TEXTS[3]).status_code == 200
         refused = sum(answer.status_code == 429 for answer in answers)
         assert f'bertd_refused_total{{reason="Overloaded"}} {refused:.1f}' in server.client.get("/metrics").text

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 from hostile_requests import CLIENT_TEXT, FAMILIES, MAX_BODY, SCHEMA, TEXT, VALID, Case
-from raw_http import SECONDS, Answer, connect, descriptors, exchange, wait_until
-from servers import RunningServer, running_server
+from raw_http import SECONDS, Answer, connect, descriptors, exchange
+from servers import RunningServer, running_server, until
 
 API = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
 DOCUMENTED = {200, 405} | {int(status) for status in re.findall(r"^\| (\d{3}) \|", API, re.M)}
@@ -53,7 +53,7 @@ def outcomes(hurried) -> dict[Case, Outcome]:
     with ThreadPoolExecutor(8) as pool:
         played = list(pool.map(lambda case: play(hurried, case), CASES))
     assert hurried.client.post("/embed", content=TEXT).content == vector
-    wait_until(lambda: descriptors(hurried) <= before)
+    until(lambda: descriptors(hurried) <= before)
     assert hurried.client.get("/classifiers").json() == {"classifiers": []}
     return {outcome.case: outcome for outcome in played}
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from raw_http import connect, exchange, read, request, wait_until
-from servers import BERTD, running_server
+from raw_http import connect, exchange, read, request
+from servers import BERTD, running_server, until
 
 ROOT = Path(__file__).parents[2]
 REFUSALS = {"/embed": "error_type", "/v1/embeddings": "code", "/v1/rerank": "message", "/score": "code"}
@@ -46,13 +46,13 @@ def hold(server, sent, count: int) -> list[socket.socket]:
     """Connections with a request each that the server has accepted and can't answer: its engine stands still."""
     os.kill(server.children()[0], signal.SIGSTOP)
     connections = [sent(server, request("/embed", TEXT)) for _ in range(count)]
-    wait_until(lambda: queue_rows(server) == count - 1)  # and one is with the engine
+    until(lambda: queue_rows(server) == count - 1)  # and one is with the engine
     return connections
 
 
 def terminate(server) -> None:
     server.process.send_signal(signal.SIGTERM)
-    wait_until(lambda: server.client.get("/ready").status_code == 503)
+    until(lambda: server.client.get("/ready").status_code == 503)
 
 
 def gone(pid: int) -> bool:
@@ -162,12 +162,12 @@ def test_a_server_that_is_stopped_while_it_starts_leaves_nothing_behind(make_che
     command = [*BERTD, "serve", "--port", "0", "--model", str(make_checkpoint())]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
         children = Path(f"/proc/{server.pid}/task/{server.pid}/children")
-        wait_until(lambda: children.read_text() != "")
+        until(lambda: children.read_text() != "")
         engine = int(children.read_text())
         server.send_signal(number)
         assert server.communicate(timeout=20) == ("", "")
     assert server.returncode == 128 + number
-    wait_until(lambda: gone(engine))
+    until(lambda: gone(engine))
 
 
 def test_an_engine_that_hangs_does_not_outlive_a_server_that_is_killed(make_checkpoint, sent):
@@ -175,7 +175,7 @@ def test_an_engine_that_hangs_does_not_outlive_a_server_that_is_killed(make_chec
         (engine,) = server.children()
         hold(server, sent, 2)
         server.process.kill()
-    wait_until(lambda: gone(engine))
+    until(lambda: gone(engine))
 
 
 FIT = """
@@ -191,10 +191,10 @@ def test_a_fit_that_hangs_does_not_outlive_a_server_that_is_killed():
     with subprocess.Popen([sys.executable, "-c", FIT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as server:
         fit = int(server.stdout.readline())
         own = os.getpriority(os.PRIO_PROCESS, 0)
-        wait_until(lambda: os.getpriority(os.PRIO_PROCESS, fit) > own)  # it gives way to others, so it waits for its order
+        until(lambda: os.getpriority(os.PRIO_PROCESS, fit) > own)  # it gives way to others, so it waits for its order
         os.kill(fit, signal.SIGSTOP)
         server.kill()
-    wait_until(lambda: gone(fit))
+    until(lambda: gone(fit))
 
 
 ORPHAN = """
@@ -220,5 +220,5 @@ sys.stdout.write(child.stdout.readline().decode())
 def test_a_process_whose_parent_died_before_it_could_say_so_ends_too(tmp_path):
     command = [sys.executable, "-c", PARENT, ORPHAN, str(tmp_path / "lived-on")]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-    wait_until(lambda: gone(int(done.stdout)))
+    until(lambda: gone(int(done.stdout)))
     assert not (tmp_path / "lived-on").exists()

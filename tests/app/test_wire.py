@@ -14,8 +14,8 @@ import threading
 import time
 
 import pytest
-from raw_http import Reader, connect, descriptors, exchange, read, request, wait_until
-from servers import running_server
+from raw_http import Reader, connect, descriptors, exchange, read, request
+from servers import running_server, until
 
 TEXT = json.dumps({"inputs": "abc"}).encode()
 LONG = json.dumps({"inputs": ["a b c " * 80] * 60}).encode()
@@ -37,7 +37,7 @@ def tidy(wired):
     wired.post("/embed", inputs="abc")
     before = descriptors(wired)
     yield wired
-    wait_until(lambda: descriptors(wired) <= before)
+    until(lambda: descriptors(wired) <= before)
     metrics = wired.client.get("/metrics").text
     assert "bertd_queue_rows 0.0" in metrics
     assert "bertd_queue_tokens 0.0" in metrics
@@ -153,7 +153,7 @@ def test_a_client_that_hangs_up_on_pipelined_requests_ends_them_all(tidy):
     os.kill(tidy.children()[0], signal.SIGSTOP)
     with connect(tidy) as connection:
         connection.sendall(request("/embed", TEXT) * 5)
-    wait_until(lambda: count(499) == hung_up + 1)
+    until(lambda: count(499) == hung_up + 1)
     os.kill(tidy.children()[0], signal.SIGCONT)
     assert count(200) == answered
 
@@ -193,8 +193,8 @@ def test_a_client_that_takes_nothing_of_its_answer_is_cut_off(tidy):
     before = descriptors(tidy)
     with connect_narrow(tidy, 2**12) as connection:
         connection.sendall(MATRICES)
-        wait_until(lambda: descriptors(tidy) > before)
-        wait_until(lambda: descriptors(tidy) == before)
+        until(lambda: descriptors(tidy) > before)
+        until(lambda: descriptors(tidy) == before)
 
 
 def test_a_client_that_takes_its_answer_slowly_gets_all_of_it(tidy):
@@ -224,7 +224,7 @@ def test_connections_above_the_limit_are_told_so_and_closed(tidy):
         for _ in range(80):
             (told,) = exchange(tidy, health)
             assert (told.status, told.headers["connection"], told.headers["retry-after"]) == (503, "close", "1")
-    wait_until(lambda: [answer.status for answer in exchange(tidy, request("/health", method="GET"), count=1)] == [200])
+    until(lambda: [answer.status for answer in exchange(tidy, request("/health", method="GET"), count=1)] == [200])
 
 
 def test_running_out_of_descriptors_closes_new_connections_and_nothing_else(tidy):
@@ -235,7 +235,7 @@ def test_running_out_of_descriptors_closes_new_connections_and_nothing_else(tidy
         assert tidy.post("/embed", inputs="abc").status_code == 200
         for connection in held:
             connection.close()
-        wait_until(lambda: [answer.status for answer in exchange(tidy, request("/embed", TEXT), count=1)] == [200])
+        until(lambda: [answer.status for answer in exchange(tidy, request("/embed", TEXT), count=1)] == [200])
     finally:
         resource.prlimit(tidy.process.pid, resource.RLIMIT_NOFILE, before)
 
@@ -343,12 +343,12 @@ def test_bodies_that_come_to_too_much_together_are_refused_until_some_are_done(m
         def is_full():
             return server.post("/embed", inputs="a").status_code == 429
 
-        wait_until(is_full)
+        until(is_full)
         refused = server.post("/embed", inputs="a")
         assert refused.json()["error_type"] == "Overloaded"
         assert refused.headers["retry-after"] == "1"
         assert [server.client.get(path).status_code for path in ("/health", "/ready", "/info")] == [200, 200, 200]
         for connection in waiting:
             connection.close()
-        wait_until(lambda: not is_full())
+        until(lambda: not is_full())
         assert server.post("/embed", inputs="a").status_code == 200
