@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from app.embedding import Embedding
-from app.errors import Overloaded, ServiceError
+from app.errors import Overloaded, Recovering, ServiceError
 from app.inputs import Encoded
 from app.outcomes import raise_first
 from app.scheduler import Answer
@@ -73,7 +73,7 @@ async def _submit_until_admitted(service: Service, rows: Sequence[Tokens], task:
     while True:
         try:
             return await service.scheduler.submit(rows, task)
-        except Overloaded:
+        except (Overloaded, Recovering):
             await asyncio.sleep(_PATIENCE)
 
 

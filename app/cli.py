@@ -70,7 +70,6 @@ def serve(settings: Settings) -> None:
 
     keep_memory_small()
     Keys(settings)  # a file without keys is refused before the model is loaded
-
     limit = connection_limit(settings.max_connections)
 
     async def run(serving: Serving) -> None:

@@ -17,6 +17,7 @@ ServiceError              500 Internal
 ├── HeadTooLarge          431 Validation
 ├── EngineError           500 Backend
 ├── NotReady              503 Unhealthy    Retry-After
+│   └── Recovering        503 Unhealthy    Retry-After
 ├── DeadlineExceeded      504 Timeout
 └── StorageFailed         507 Storage
 """
@@ -114,6 +115,10 @@ class EngineError(ServiceError):
 class NotReady(ServiceError):
     status = 503
     word = "Unhealthy"
+
+
+class Recovering(NotReady):
+    """The engine starts again and the queue is full: whoever can wait gets in."""
 
 
 class DeadlineExceeded(ServiceError):

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from app.engine import BatchFailed, Engine, EngineDied, Results, State
-from app.errors import EngineError, NotReady, Overloaded, ServiceError
+from app.errors import EngineError, NotReady, Overloaded, Recovering, ServiceError
 from app.metrics import Metrics
 from model.tokens import Tokens
 from model.vectors import FloatArray, finite_rows
@@ -188,7 +188,7 @@ class Scheduler:
         wait = math.ceil(ahead / self._rate)
         if any(engine.state is State.READY for engine in self._engines):
             return Overloaded(f"{ahead} tokens wait{more}; try again in {wait} s", retry_after=wait)
-        return NotReady(f"the engine starts again, and {ahead} tokens wait for it{more}; try again in {wait + 1} s", wait + 1)
+        return Recovering(f"the engine starts again, and {ahead} tokens wait for it{more}; try again in {wait + 1} s", wait + 1)
 
     def _is_short(self, tokens: int) -> bool:
         return tokens <= self._max_batch_tokens

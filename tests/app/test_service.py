@@ -8,6 +8,7 @@ import pytest
 from fake_worker import FAIL, NOT_A_NUMBER
 from test_scheduler import PuppetEngine, turns
 
+from app.bulk import embed_many
 from app.chunking import Chunking, embed_chunks
 from app.embedding import Embedding, embed, embed_tokens
 from app.engine import State
@@ -19,6 +20,7 @@ from app.service import Service
 from app.settings import Settings
 from model.config import DenseConfig, ModelConfig
 from model.tokenizer import Tokenizer
+from model.tokens import Tokens
 
 FACTS = {"poolings": ("mean",), "device": "cpu"}
 
@@ -73,6 +75,26 @@ async def test_partial_does_not_hide_that_the_engine_is_gone(make_service):
     engine.on_change()
     with pytest.raises(NotReady):
         await asked
+
+
+async def test_work_without_a_deadline_waits_for_an_engine_that_starts_again_behind_a_full_queue(make_service, monkeypatch):
+    monkeypatch.setattr("app.bulk._PATIENCE", 0.0)
+    engine = PuppetEngine(state=State.STARTING)
+    service = make_service(engine)
+    others = [asyncio.ensure_future(service.scheduler.submit([Tokens.of([5] * 100)], "mean")) for _ in range(10)]
+    await turns()
+    with pytest.raises(NotReady):
+        await embed(service, ["a text"], Embedding())
+    many = asyncio.ensure_future(embed_many(service, ["a text", "another"], Embedding()))
+    await turns()
+    assert not many.done()
+    engine.state = State.READY
+    engine.on_change()
+    await turns()
+    while not many.done():
+        await (engine.answer() if engine.busy else turns())
+    assert (await many)[0].shape == (2, 2)
+    await asyncio.gather(*others)
 
 
 async def test_large_work_of_some_does_not_hold_up_small_work_of_others(make_service):
