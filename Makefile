@@ -40,7 +40,7 @@ soak: $(VENV)/.test
 	$(BIN)/python -m benchmarks.soak --minutes $(or $(MINUTES),20)
 
 image:
-	@if test -e $(STAND_IN); then bash $(STAND_IN) --target $(TARGET) --tag bertd:$(TARGET) . && buildah rmi --prune >/dev/null; \
+	@if test -e $(STAND_IN); then bash $(STAND_IN) --target $(TARGET) --tag bertd:$(TARGET) . && { buildah rmi --prune >/dev/null 2>&1 || true; }; \
 	elif docker info >/dev/null 2>&1; then docker build --target $(TARGET) --tag bertd:$(TARGET) .; \
 	elif command -v podman >/dev/null; then podman build --format docker --target $(TARGET) --tag bertd:$(TARGET) .; \
 	else buildah build --format docker --target $(TARGET) --tag bertd:$(TARGET) .; fi
