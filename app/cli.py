@@ -62,7 +62,7 @@ def serve(settings: Settings) -> None:
 
     from app.auth import Keys
     from app.main import counted_refusal, create_app
-    from app.memory import keep_memory_small
+    from app.memory import keep_memory_small, pass_over_what_stays
     from app.server import Server, connection_limit
     from app.serving import Serving, running_serving
     from app.traces import open_tracer
@@ -87,6 +87,7 @@ def serve(settings: Settings) -> None:
         )
         banner = _banner(serving.current.service.info(), sock, settings.url_prefix or "")
         server = Server(config, serving, settings.grace_period, lambda: print(banner, flush=True))
+        pass_over_what_stays()
         await server.serve([sock])
         if server.cut_off:
             ended = "by a second signal, or because BERTD_GRACE_PERIOD was over"

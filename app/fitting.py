@@ -23,7 +23,7 @@ from model.vectors import FloatArray
 
 _COMMAND = (sys.executable, "-m", "app.fitting")
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-_NICENESS = 10
+_NICENESS = 15  # after the engine, too
 
 
 async def fit_in_process(vectors: FloatArray, codes: Codes, balanced: bool) -> Fitted:

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.classification import Classification
 from app.errors import BadCheckpoint, Conflict, ServiceError
+from app.memory import pass_over_what_stays
 from app.metrics import Metrics
 from app.service import Service, running_service
 from app.settings import Settings
@@ -85,10 +86,14 @@ class Serving:
                 raise BadCheckpoint(f"the checkpoint can't be served: {error}; the one before it goes on") from None
             former, self.current = self.current, following
             self._show()
-            retiring = asyncio.ensure_future(former.stop(self._settings.request_timeout))
+            retiring = asyncio.ensure_future(self._retire(former))
             self._retiring.add(retiring)
             retiring.add_done_callback(self._retiring.discard)
             return Replacement(following.service, former.service.facts["sha256"], time.perf_counter() - start)
+
+    async def _retire(self, former: Current) -> None:
+        await former.stop(self._settings.request_timeout)
+        pass_over_what_stays()
 
     async def reload_or_log(self) -> None:
         """What a signal asks for."""

@@ -5,6 +5,7 @@ one that has lost its core to another process holds nobody up.
 """
 
 import contextlib
+import os
 import signal
 import socket
 import sys
@@ -20,6 +21,7 @@ from app import frames
 from app.engine import HIDDEN, SPARSE
 from app.frames import Frame
 from app.lifeline import end_with_parent
+from app.memory import pass_over_what_stays
 from model.config import transformer_folder, weight_files
 from model.errors import ModelError
 from model.hub import stamps
@@ -27,6 +29,7 @@ from model.tokens import Tokens
 from model.vectors import FloatArray, nonzero
 
 _BEAT_SECONDS = 0.25  # between two signs of life of a batch
+_NICENESS = 5  # the API process is to be heard at once: it has little to do, and a batch takes as long as a hundred refusals
 
 
 def main() -> None:
@@ -35,6 +38,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     sock = socket.socket(fileno=int(sys.argv[1]))
     end_with_parent(sock)
+    os.nice(_NICENESS)
     order = frames.receive(sock)
     if order is None:
         return
@@ -43,6 +47,7 @@ def main() -> None:
     except (ModelError, MemoryError, OSError) as error:
         frames.send(sock, {"failed": str(error) or "out of memory while the checkpoint was loaded"})
         return
+    pass_over_what_stays()
     frames.send(sock, facts)
     lanes = _Lanes(sock, runner, facts["threads"], facts["lanes"])
     runner.on_layer(lanes.on_layer)

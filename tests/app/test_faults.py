@@ -104,6 +104,11 @@ def test_single_texts_pass_a_long_list(server):
     assert passed >= 3
 
 
+def test_the_engine_gives_way_to_whoever_talks_to_clients(server):
+    (engine,) = server.children()
+    assert os.getpriority(os.PRIO_PROCESS, engine) > os.getpriority(os.PRIO_PROCESS, server.process.pid)
+
+
 def test_overload_is_refused_kindly_and_what_is_accepted_is_right(make_checkpoint):
     with running_server(model=make_checkpoint(), max_queue_tokens=40, max_batch_tokens=32) as server:
         wanted = server.post("/embed", inputs=TEXTS[3]).json()

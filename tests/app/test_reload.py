@@ -1,13 +1,19 @@
 """Another checkpoint in the place of the one that is served, while requests go on."""
 
+import asyncio
 import os
 import signal
 import threading
+import weakref
 from itertools import pairwise
 
 import httpx
 import pytest
 from servers import Load, running_server, until
+
+from app.metrics import Metrics
+from app.serving import running_serving
+from app.settings import Settings
 
 TEXTS = ["one text", "and another one", "of three"]
 
@@ -56,6 +62,15 @@ def test_no_request_fails_or_is_answered_half_by_one_model_and_half_by_the_other
         assert len(models) == 1
         assert sha_of(server) in models[0]
         assert 'bertd_engine_state{state="ready"} 1.0' in server.client.get("/metrics").text
+
+
+async def test_nothing_of_what_was_served_before_is_kept(link):
+    async with running_serving(Settings(model=str(link)), Metrics()) as serving:
+        former = weakref.ref(serving.current.service)
+        await serving.reload()
+        async with asyncio.timeout(60):
+            while former() is not None:
+                await asyncio.sleep(0.01)
 
 
 def test_a_checkpoint_that_cannot_be_served_leaves_the_old_one_serving(link, tmp_path):

@@ -1,6 +1,7 @@
 import asyncio
 import hashlib
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -104,6 +105,19 @@ async def test_waiting_rows_are_shared_out_among_lanes_unless_they_are_few():
     assert firsts(await few) == [1, 2]
     assert firsts(await many) == [*range(8)]
     assert firsts(await late) == [9]
+
+
+async def test_between_the_answers_of_a_large_batch_others_are_heard():
+    engine, scheduler = make(PuppetEngine(), max_batch_tokens=100)
+    jobs = [submit(scheduler, [n]) for n in range(100)]
+    await turns()
+    engine.batches[0][2].set_result(np.array([[n, 1] for n in range(100)], dtype=np.float32))
+    ended = [0]
+    while ended[-1] < 100:
+        await asyncio.sleep(0)
+        ended.append(sum(job.done() for job in jobs))
+    assert max(after - before for before, after in pairwise(ended)) <= 8
+    assert [firsts(await job) for job in jobs] == [[n] for n in range(100)]
 
 
 async def test_a_batch_holds_no_more_tokens_than_the_limit_but_always_one_row():
