@@ -10,8 +10,8 @@ from app.engine import HIDDEN
 from app.errors import InvalidInput, ServiceError, WrongKind
 from app.inputs import CONTEXT, Span
 from app.outcomes import Stats
-from app.scheduler import Outcome
 from app.service import Service
+from app.waiting import Outcome
 from model.vectors import FloatArray
 from model.windows import Pieces
 

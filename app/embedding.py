@@ -9,8 +9,8 @@ from app.engine import HIDDEN
 from app.errors import InvalidInput
 from app.inputs import CONTEXT, Encoding, Input, Token, check_not_empty
 from app.outcomes import Stats, filled
-from app.scheduler import Outcome
 from app.service import Service
+from app.waiting import Outcome
 from model.config import PoolingMode
 from model.vectors import Array, FloatArray, Metric, OutputDtype, compare, normalize, quantize, shorten
 from model.windows import Pieces

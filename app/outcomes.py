@@ -6,7 +6,8 @@ from itertools import islice
 
 from app.errors import ServiceError
 from app.inputs import Encoded, Item
-from app.scheduler import Answer, Outcome
+from app.scheduler import Answer
+from app.waiting import Outcome
 from model.vectors import FloatArray
 from model.windows import Pieces
 

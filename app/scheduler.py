@@ -1,11 +1,7 @@
 """Waiting rows -> batches -> engines -> answers.
 
 All state lives in the event loop: no locks, no timers, no polling. A batch forms when an engine can take one, out of
-whatever waits then; rows of different jobs take turns. Each row ends exactly once: as a result, an error, or
-dropped because nobody waits for it any more.
-
-A job is short while its rows fit into one batch, and long before that. Batches of short and of long jobs alternate, so
-that a single text travels with other short ones and neither waits for, nor is answered with, a batch full of a list.
+whatever waits then. Each row ends exactly once: as a result, an error, or dropped because nobody waits for it any more.
 """
 
 import asyncio
@@ -13,57 +9,24 @@ import hashlib
 import logging
 import math
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 from app.engine import BatchFailed, Engine, EngineDied, Results, State
 from app.errors import EngineError, NotReady, Overloaded, Recovering, ServiceError
 from app.metrics import Metrics
+from app.waiting import Job, Outcome, Queue, Row
 from model.tokens import Tokens
-from model.vectors import FloatArray, finite_rows
+from model.vectors import finite_rows
 
 log = logging.getLogger("bertd.scheduler")
 
 _DEATHS = 2  # a row that was aboard this many deaths is never tried again
 _QUEUE_SECONDS = 2.0  # of work that may wait where no number of tokens is set
 _RATE_WEIGHT = 0.1  # of the newest batch in the running means behind the rate
-_LEAST_SHARE = 64  # tokens that are not shared out among lanes: all threads together are as fast with them
-_WARY_BATCHES = 8  # of long jobs after one of short jobs: they are smaller, as the next short job is soon to come
-_WARY_SHARE = 4  # the part of a batch that those have
 _ENDS_A_TURN = 8  # jobs, of which each answer is then made; about two milliseconds of work
 _DOOR_SHARE = 16  # the part of the queue that must be free for a request to be read at all
-
-Outcome = FloatArray | ServiceError
-
-
-@dataclass(slots=True, eq=False)
-class Row:
-    """One text in the queue."""
-
-    tokens: Tokens
-    job: "Job"
-    place: int
-    deaths: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class Job:
-    """The rows of one request, answered together."""
-
-    task: str
-    done: asyncio.Future[None]
-    submitted: float
-    outcomes: list[Outcome | None]
-    waiting: deque[Row] = field(default_factory=deque)
-    tokens: int = 0  # of the rows that wait
-    open_rows: int = 0
-    started: float = 0.0
-
-    @property
-    def wanted(self) -> bool:
-        return not self.done.done()
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,17 +46,10 @@ class Scheduler:
         self._metrics = metrics
         self._max_batch_tokens = max_batch_tokens
         self._max_queue_tokens = max_queue_tokens
-        self._short: deque[Job] = deque()  # jobs that have rows waiting, in the order of their turns
-        self._long: deque[Job] = deque()
-        self._long_is_next = False
-        self._wary = 0  # batches of long jobs that are still to be small
-        self._retries: deque[list[Row]] = deque()  # batches that go again as they are, before anything else
+        self._queue = Queue(max_batch_tokens)
         self._jobs: set[Job] = set()
         self._since: dict[Engine, float] = {}  # when each engine began to work, or ended its last batch
         self._restarts = 0
-        self._rows = 0
-        self._tokens = 0
-        self._ahead = 0  # tokens that come before those of a new short job, at most: a batch of each job, or what it has
         self._rate = sum(float(engine.facts.get("tokens_per_second", 0)) for engine in engines) or 1.0
         self._mean_tokens = float(max_batch_tokens)  # of a batch, and seconds of an engine between two
         self._mean_seconds = max_batch_tokens * len(engines) / self._rate
@@ -109,14 +65,11 @@ class Scheduler:
         Raises NotReady or Overloaded at once, before anything is queued. When the caller is cancelled, rows that
         no engine has yet are dropped.
         """
-        tokens = sum(map(len, rows))
-        self._admit(tokens)
+        self._admit(sum(map(len, rows)))
         loop = asyncio.get_running_loop()
         job = Job(task, loop.create_future(), time.perf_counter(), [None] * len(rows), open_rows=len(rows))
-        job.waiting.extend(Row(row, job, place) for place, row in enumerate(rows))
         self._jobs.add(job)
-        self._count(job, len(rows), tokens)
-        self._turns_of(job).append(job)
+        self._queue.add(job, rows)
         self._pump_soon()
         try:
             await job.done
@@ -149,12 +102,14 @@ class Scheduler:
     def check_room(self) -> None:
         """Raises what `submit` would for almost any text, while the queue is almost full: before a request costs anything."""
         limit = self.max_queue_tokens
-        if self._rows and self._ahead + limit // _DOOR_SHARE > limit:
-            raise self._refusal(self._ahead, "")
+        if self._queue.rows and self._queue.ahead + limit // _DOOR_SHARE > limit:
+            raise self._refusal(self._queue.ahead, "")
 
     def show(self) -> None:
         """Tie to what is here the metrics that are asked for, and not counted; those of another scheduler are no longer told."""
         metrics = self._metrics
+        metrics.queue_rows.set_function(lambda: self._queue.rows)
+        metrics.queue_tokens.set_function(lambda: self._queue.tokens)
         metrics.tokens_per_second.set_function(lambda: self._rate)
         metrics.max_queue_tokens.set_function(lambda: self.max_queue_tokens)
         metrics.engine_processes.pids = lambda: [engine.pid for engine in self._engines]
@@ -169,20 +124,9 @@ class Scheduler:
             raise NotReady("the server is stopping; send the request to another one", retry_after=1)
         if self.failed:
             raise NotReady("the engine does not start; see the server's log", retry_after=30)
-        if not self._has_room(tokens):
-            ahead = self._ahead if self._is_short(tokens) else self._tokens
-            raise self._refusal(ahead, f" and {tokens} more would pass the limit of {self.max_queue_tokens}")
-
-    def _has_room(self, tokens: int) -> bool:
-        """Whether a job of so many tokens would begin within the time that the queue stands for. A job waits for as much of
-        each other as it has itself, and whatever comes alone is taken."""
-        limit = self.max_queue_tokens
-        if not self._rows:
-            return True
-        if self._is_short(tokens):
-            return self._ahead + tokens <= limit
-        alone = not self._long and self._ahead + self._max_batch_tokens <= limit
-        return alone or self._tokens + tokens <= limit
+        if not self._queue.has_room(tokens, self.max_queue_tokens):
+            more = f" and {tokens} more would pass the limit of {self.max_queue_tokens}"
+            raise self._refusal(self._queue.ahead_of(tokens), more)
 
     def _refusal(self, ahead: int, more: str) -> ServiceError:
         """Why there is no room behind so many tokens."""
@@ -191,31 +135,11 @@ class Scheduler:
             return Overloaded(f"{ahead} tokens wait{more}; try again in {wait} s", retry_after=wait)
         return Recovering(f"the engine starts again, and {ahead} tokens wait for it{more}; try again in {wait + 1} s", wait + 1)
 
-    def _is_short(self, tokens: int) -> bool:
-        return tokens <= self._max_batch_tokens
-
-    def _turns_of(self, job: Job) -> deque[Job]:
-        """Where a job waits for its turn."""
-        return self._short if self._is_short(job.tokens) else self._long
-
-    def _count(self, job: Job, rows: int, tokens: int) -> None:
-        """So many rows and tokens of a job begin to wait, or cease to where negative."""
-        before = min(job.tokens, self._max_batch_tokens)
-        job.tokens += tokens
-        self._ahead += min(job.tokens, self._max_batch_tokens) - before
-        self._rows += rows
-        self._tokens += tokens
-        self._metrics.queue_rows.inc(rows)
-        self._metrics.queue_tokens.inc(tokens)
-
     def _forget(self, job: Job) -> None:
         """The job has ended, one way or another: none of its rows may be left in the queue."""
         self._jobs.discard(job)
         job.done.cancel()
-        if job.waiting:
-            self._turns_of(job).remove(job)
-            self._count(job, -len(job.waiting), -job.tokens)
-            job.waiting.clear()
+        self._queue.remove(job)
 
     def _on_engine_change(self) -> None:
         restarts = sum(engine.restarts for engine in self._engines)
@@ -235,47 +159,8 @@ class Scheduler:
     def _pump(self) -> None:
         self._pumping = False
         for engine in self._engines:
-            while engine.room and (batch := self._next_batch(engine.room)):
+            while engine.room and (batch := self._queue.next_batch(engine.room)):
                 self._send(engine, batch)
-
-    def _next_batch(self, room: int) -> list[Row]:
-        while self._retries:
-            if batch := [row for row in self._retries.popleft() if row.job.wanted]:
-                return batch
-        if not self._rows:
-            return []
-        share = min(max(-(-self._tokens // room), _LEAST_SHARE), self._max_batch_tokens)
-        if self._short and not (self._long and self._long_is_next):
-            self._wary = _WARY_BATCHES
-            self._long_is_next = True
-            return self._take_turns(self._short, share)
-        self._long_is_next = False
-        if self._wary:
-            self._wary -= 1
-            share = min(share, max(self._max_batch_tokens // _WARY_SHARE, _LEAST_SHARE))
-        return self._take_turns(self._long, share)
-
-    def _take_turns(self, turns: deque[Job], limit: int) -> list[Row]:
-        """A row from each job in turn, of one task, up to so many tokens; jobs of other tasks lead the next batch."""
-        batch: list[Row] = []
-        tokens = 0
-        others: list[Job] = []
-        while turns:
-            job = turns.popleft()
-            if batch and job.task != batch[0].job.task:
-                others.append(job)
-                continue
-            row = job.waiting[0]
-            if batch and tokens + len(row.tokens) > limit:
-                turns.appendleft(job)
-                break
-            batch.append(job.waiting.popleft())
-            tokens += len(row.tokens)
-            self._count(job, -1, -len(row.tokens))
-            if job.waiting:
-                self._turns_of(job).append(job)
-        turns.extendleft(reversed(others))
-        return batch
 
     def _send(self, engine: Engine, batch: list[Row]) -> None:
         start = time.perf_counter()
@@ -283,7 +168,7 @@ class Scheduler:
             row.job.started = row.job.started or start
         if not engine.busy:
             self._since[engine] = start
-        alone = not (engine.busy or self._rows or self._retries)
+        alone = self._queue.is_empty and not engine.busy
         answer = engine.run(batch[0].job.task, [row.tokens for row in batch], alone)
         answer.add_done_callback(lambda answer: self._finish(engine, batch, answer))
 
@@ -340,7 +225,7 @@ class Scheduler:
         for row in lost:
             log.error("a text was aboard %d deaths of the engine; its tokens have SHA-256 %s", row.deaths, _digest(row.tokens))
         self._settle_rows(lost, EngineError("the engine died twice over this request; it will not be tried again"))
-        self._retries.appendleft([row for row in batch if row.deaths < _DEATHS])
+        self._queue.put_first([row for row in batch if row.deaths < _DEATHS])
 
     def _after_failure(self, batch: list[Row], failure: BatchFailed) -> None:
         """Halve a batch that fails for its data until the bad row is alone."""
@@ -348,7 +233,7 @@ class Scheduler:
             self._settle_rows(batch, EngineError(f"the encoder failed on this text ({failure})"))
             return
         middle = len(batch) // 2
-        self._retries.extendleft((batch[middle:], batch[:middle]))
+        self._queue.put_first(batch[:middle], batch[middle:])
 
     def _settle_rows(self, rows: list[Row], error: ServiceError) -> None:
         for row in rows:

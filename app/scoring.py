@@ -10,8 +10,8 @@ from app.engine import SPARSE
 from app.errors import InvalidInput, ServiceError
 from app.inputs import Encoding, Input, check_not_empty
 from app.outcomes import Stats, filled
-from app.scheduler import Outcome
 from app.service import Service
+from app.waiting import Outcome
 from model.config import ModelConfig
 from model.vectors import FloatArray, sigmoid, softmax
 

@@ -14,8 +14,9 @@ from app.inputs import TOKENIZERS, Encoded, Reader, Token, check_not_empty
 from app.metrics import Metrics
 from app.outcomes import Merge, Stats, detail_of, merged, raise_first
 from app.record import current_record
-from app.scheduler import Answer, Outcome, Scheduler
+from app.scheduler import Answer, Scheduler
 from app.settings import Settings
+from app.waiting import Outcome
 from model.cgroup import memory_limit
 from model.config import Kind, ModelConfig, PoolingMode, transformer_folder, weight_files, with_article
 from model.hub import digest, find_model

@@ -23,7 +23,7 @@ LEVELS = {
     ],
     "app": [
         {"settings", "errors", "render", "frames", "negotiation", "lifeline", "memory", "record"},
-        {"metrics", "engine", "compression", "classifiers", "fitting", "wire", "cors", "logs", "traces"},
+        {"metrics", "engine", "compression", "classifiers", "fitting", "waiting", "wire", "cors", "logs", "traces"},
         {"worker", "scheduler", "inputs"},
         {"outcomes"},
         {"service"},

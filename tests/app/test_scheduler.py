@@ -165,15 +165,14 @@ async def test_rows_that_nobody_waits_for_never_reach_an_engine():
     await turns()
     gone.cancel()
     await turns()
-    assert scheduler._tokens == 1
+    assert scheduler._queue.tokens == 1
     await engine.answer()
     await engine.answer()
     assert [rows for _, rows, _ in engine.batches] == [[[1]], [[2]]]
     assert firsts(await running) + firsts(await stays) == [1, 2]
     assert not scheduler._jobs
-    assert not scheduler._short
-    assert not scheduler._long
-    assert (scheduler._rows, scheduler._tokens) == (0, 0)
+    assert scheduler._queue.is_empty
+    assert (scheduler._queue.rows, scheduler._queue.tokens, scheduler._queue.ahead) == (0, 0, 0)
 
 
 async def test_a_batch_that_fails_is_halved_until_the_bad_row_is_alone():
@@ -250,7 +249,7 @@ async def test_a_full_queue_refuses_at_once_and_says_when_to_come_back():
     with pytest.raises(Overloaded) as refused:
         await scheduler.submit([Tokens.of([3] * 51)], "mean")
     assert refused.value.retry_after == 3  # 250 tokens at 100 a second
-    assert scheduler._tokens == 250
+    assert scheduler._queue.tokens == 250
     accepted = submit(scheduler, [4] * 50)
     await turns()
     waiting.cancel()
@@ -323,8 +322,8 @@ async def test_every_row_gets_exactly_one_answer_in_any_weather():
         else:
             for outcome in (await job).outcomes:
                 assert isinstance(outcome, EngineError) or outcome[0] == number
-    assert (scheduler._rows, scheduler._tokens) == (0, 0)
-    assert not any(row.job.wanted for batch in scheduler._retries for row in batch)
+    assert (scheduler._queue.rows, scheduler._queue.tokens) == (0, 0)
+    assert not any(row.job.wanted for batch in scheduler._queue._again for row in batch)
 
 
 async def test_a_short_text_is_not_held_up_by_the_windows_of_two_long_ones():
@@ -400,7 +399,7 @@ async def test_a_long_list_that_waits_leaves_room_for_short_texts_but_not_for_an
     for job in (bulk, *shorts):
         job.cancel()
     await turns()
-    assert (scheduler._rows, scheduler._tokens, scheduler._ahead) == (0, 0, 0)
+    assert (scheduler._queue.rows, scheduler._queue.tokens, scheduler._queue.ahead) == (0, 0, 0)
 
 
 async def test_a_queue_that_is_almost_full_is_known_before_a_request_is_read():
