@@ -1,5 +1,6 @@
 # make serve            the default model on http://127.0.0.1:8080; MODEL=… serves another
 # make test             the whole suite
+# make test-system      its tests with real processes only: what docs/operations.md promises
 # make soak             20 minutes of mixed load, then what the service has grown by; MINUTES=… for longer
 # make image            the container image bertd:cpu; TARGET=cuda makes bertd:cuda
 # make test-container   builds the image, and tries it out
@@ -20,13 +21,16 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 COMPILE := CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile --quiet --generate-hashes --strip-extras \
 	--no-emit-index-url --no-emit-find-links --no-emit-options --constraint constraints.txt
 
-.PHONY: serve test lint bench soak clean image test-container system-packages lock
+.PHONY: serve test test-system lint bench soak clean image test-container system-packages lock
 
 serve: $(VENV)/.serve
 	@exec $(BIN)/bertd serve $(if $(MODEL),--model $(MODEL))
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
+
+test-system: $(VENV)/.test
+	$(BIN)/python -m pytest -m system
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

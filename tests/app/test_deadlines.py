@@ -2,6 +2,8 @@
 
 import pytest
 
+pytestmark = pytest.mark.system
+
 LIST = ["word " * 200] * 180
 
 

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from servers import Load, running_server, until
 
+pytestmark = pytest.mark.system
+
 TEXTS = [[f"text number {n}", "and its neighbour " * n] for n in range(1, 9)]
 
 

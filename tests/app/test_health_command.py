@@ -6,6 +6,8 @@ from threading import Thread
 import pytest
 from servers import run_bertd, running_server
 
+pytestmark = pytest.mark.system
+
 
 def health(port, **settings):
     return run_bertd("health", "--port", port, **settings)

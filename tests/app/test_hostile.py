@@ -13,6 +13,8 @@ from hostile_requests import CLIENT_TEXT, FAMILIES, MAX_BODY, SCHEMA, TEXT, VALI
 from raw_http import SECONDS, Answer, connect, descriptors, exchange
 from servers import RunningServer, running_server, until
 
+pytestmark = pytest.mark.system
+
 API = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
 DOCUMENTED = {200, 405} | {int(status) for status in re.findall(r"^\| (\d{3}) \|", API, re.M)}
 CASES = [case for cases in FAMILIES.values() for case in cases]

@@ -15,6 +15,8 @@ from app.engine import State
 from app.metrics import STAGES
 from app.record import NO_ROUTE
 
+pytestmark = pytest.mark.system
+
 
 @pytest.fixture(scope="module")
 def fresh(make_checkpoint):

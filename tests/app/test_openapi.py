@@ -12,7 +12,7 @@ import pytest
 import schemathesis
 from checkpoints import MINILM, save_checkpoint
 from fastapi import Response
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from schemathesis import Case
 from schemathesis.specs.openapi import checks
 from servers import RunningServer, running_server
@@ -51,7 +51,9 @@ def paths_of(kind: str) -> list[str]:
 
 
 SCHEMA = described()
-few = settings(max_examples=10, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+# The examples of the page are tried below; to complete them takes schemathesis half a minute.
+PHASES = [Phase.generate, Phase.shrink]
+few = settings(max_examples=10, deadline=None, database=None, phases=PHASES, suppress_health_check=list(HealthCheck))
 
 
 def serve(kind: str, factory: pytest.TempPathFactory, **options: Any) -> Iterator[RunningServer]:

@@ -5,6 +5,8 @@ import socket
 
 import pytest
 
+pytestmark = pytest.mark.system
+
 TEXT = "the same vector as before"
 DEEP = "[" * 100_000
 

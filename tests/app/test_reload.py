@@ -15,6 +15,8 @@ from app.metrics import Metrics
 from app.serving import running_serving
 from app.settings import Settings
 
+pytestmark = pytest.mark.system
+
 TEXTS = ["one text", "and another one", "of three"]
 
 

@@ -24,6 +24,8 @@ from app.main import create_api, create_app, refusal
 from app.metrics import Metrics
 from app.settings import Settings
 
+pytestmark = pytest.mark.system
+
 MARKER = "kumquat"  # in every text that is sent here, and in no word of ours
 KEY = {"authorization": "Bearer first"}
 ADMIN = {"authorization": "Bearer sesame"}

@@ -12,6 +12,8 @@ import pytest
 from checkpoints import save_checkpoint
 from servers import run_bertd, running_server
 
+pytestmark = pytest.mark.system
+
 CHINESE = ["吃苹果", "苹果手机"]
 
 

@@ -17,6 +17,8 @@ import pytest
 from raw_http import connect, exchange, read, request
 from servers import BERTD, running_server, until
 
+pytestmark = pytest.mark.system
+
 ROOT = Path(__file__).parents[2]
 REFUSALS = {"/embed": "error_type", "/v1/embeddings": "code", "/v1/rerank": "message", "/score": "code"}
 ROUTES = {path: json.dumps({"inputs": "abc", "input": "abc"}).encode() for path in REFUSALS}

@@ -5,7 +5,10 @@ import subprocess
 import time
 from pathlib import Path
 
+import pytest
 from servers import BERTD
+
+pytestmark = pytest.mark.system
 
 
 def test_a_server_that_still_starts_ends_and_leaves_nothing(make_checkpoint):

@@ -20,6 +20,8 @@ from servers import run_bertd, running_server
 
 from app.traces import valid_traceparent
 
+pytestmark = pytest.mark.system
+
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 SAMPLED, UNSAMPLED = f"00-{TRACE}-{PARENT}-01", f"00-{TRACE[::-1]}-{PARENT}-00"
 STAGES = ["tokenize", "queue", "infer", "render"]

@@ -17,6 +17,8 @@ import pytest
 from raw_http import Reader, connect, descriptors, exchange, read, request
 from servers import running_server, until
 
+pytestmark = pytest.mark.system
+
 TEXT = json.dumps({"inputs": "abc"}).encode()
 LONG = json.dumps({"inputs": ["a b c " * 80] * 60}).encode()
 CONNECTIONS = 300
