@@ -14,6 +14,7 @@ from typing import Any
 
 from app import logs
 from app.settings import Settings, SettingsError
+from app.texts import WRITERS, TextsError, read_texts
 
 _KEEP_ALIVE = 75  # seconds: longer than proxies and pools keep a connection, so that it is never closed under a request
 _UNLIMITED = 2**40
@@ -130,12 +131,15 @@ def health(settings: Settings) -> None:
 def embed(settings: Settings, file: Path, output: Path | None, **options: Any) -> None:
     """Embed a file, one text per line or JSONL, into .npy, .jsonl or .safetensors."""
     target = output or file.with_suffix(".npy")
-    if target.suffix not in _WRITERS:
-        raise Failure(f"{target} ends in {target.suffix or 'nothing'}; wanted one of {', '.join(_WRITERS)}")
-    texts = _read_texts(file)
+    if target.suffix not in WRITERS:
+        raise Failure(f"{target} ends in {target.suffix or 'nothing'}; wanted one of {', '.join(WRITERS)}")
+    try:
+        texts = read_texts(file)
+    except TextsError as error:
+        raise Failure(str(error)) from None
 
     async def run(service: Any) -> None:
-        _WRITERS[target.suffix](target, texts, await _embed_all(service, file, texts, options))
+        WRITERS[target.suffix](target, texts, await _embed_all(service, file, texts, options))
 
     _with_service(settings.model_copy(update=_ALONE), run)
     print(f"{len(texts)} vectors in {target}", file=sys.stderr)
@@ -205,60 +209,6 @@ async def _embed_all(service: Any, file: Path, texts: list[str], options: Mappin
     if truncated:
         print(f"bertd: {truncated} texts were longer than {service.config.max_tokens} tokens and were cut", file=sys.stderr)
     return np.concatenate(vectors)
-
-
-def _read_texts(file: Path) -> list[str]:
-    """The texts of a file: one per line, or in .jsonl a string or an object with "text" per line."""
-    try:
-        with file.open(encoding="utf-8") as opened:  # str.splitlines would also break at U+2028, which texts hold
-            lines = [line.rstrip("\n") for line in opened]
-    except (OSError, UnicodeDecodeError) as error:
-        raise Failure(f"{file} can't be read ({error}); wanted a UTF-8 file with one text per line") from None
-    texts = [_text_of(line, number, file) for number, line in enumerate(lines, 1)] if file.suffix == ".jsonl" else lines
-    for number, text in enumerate(texts, 1):
-        if not text:
-            raise Failure(f"{file}, line {number} is empty; wanted a text in each line")
-    if not texts:
-        raise Failure(f"{file} is empty; wanted a text in each line")
-    return texts
-
-
-def _text_of(line: str, number: int, file: Path) -> str:
-    try:
-        value = json.loads(line)
-    except ValueError:
-        value = None
-    text = value.get("text") if isinstance(value, dict) else value
-    if not isinstance(text, str):
-        raise Failure(f'{file}, line {number} holds no text; wanted a JSON string or an object with "text"')
-    return text
-
-
-def _write_npy(path: Path, texts: list[str], vectors: Any) -> None:
-    import numpy as np
-
-    np.save(path, vectors)
-
-
-def _write_jsonl(path: Path, texts: list[str], vectors: Any) -> None:
-    from app.render import json_bytes
-
-    with path.open("wb") as file:
-        for text, vector in zip(texts, vectors, strict=True):
-            file.write(json_bytes({"text": text, "embedding": vector}) + b"\n")
-
-
-def _write_safetensors(path: Path, texts: list[str], vectors: Any) -> None:
-    from safetensors.numpy import save_file
-
-    save_file({"embeddings": vectors}, path)
-
-
-_WRITERS: Mapping[str, Callable[[Path, list[str], Any], None]] = {
-    ".npy": _write_npy,
-    ".jsonl": _write_jsonl,
-    ".safetensors": _write_safetensors,
-}
 
 
 def _with_service(settings: Settings, run: Callable[[Any], Any]) -> None:
@@ -344,7 +294,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _embed_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("file", metavar="FILE", type=Path, help="one text per line, or .jsonl")
-    sub.add_argument("-o", "--output", type=Path, help=f"{', '.join(_WRITERS)}; default: FILE with the suffix .npy")
+    sub.add_argument("-o", "--output", type=Path, help=f"{', '.join(WRITERS)}; default: FILE with the suffix .npy")
     sub.add_argument("--no-normalize", dest="normalize", action="store_false", help="keep the length of each vector")
     sub.add_argument("--dimensions", type=int, help="keep this many numbers of each vector")
 

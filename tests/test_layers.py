@@ -23,7 +23,7 @@ LEVELS = {
     ],
     "app": [
         {"settings", "errors", "render", "frames", "negotiation", "lifeline", "memory", "record"},
-        {"metrics", "engine", "compression", "classifiers", "fitting", "waiting", "wire", "cors", "logs", "traces"},
+        {"metrics", "engine", "compression", "classifiers", "fitting", "waiting", "wire", "cors", "logs", "traces", "texts"},
         {"worker", "scheduler", "inputs"},
         {"outcomes"},
         {"service"},
