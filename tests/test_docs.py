@@ -48,6 +48,13 @@ def test_every_error_is_listed_with_its_status():
         assert re.search(rf"{kind.__name__} +{kind.status} {kind.word}", errors.__doc__), kind
 
 
+def test_every_refusal_is_explained_to_who_runs_the_server():
+    (section,) = re.findall(r"^## What each refusal means\n(.*?)^## ", text_of("operations.md"), re.M | re.S)
+    explained = [refusal for row in re.findall(r"^\| (\d.*?) \|", section, re.M) for refusal in row.split(", ")]
+    tree = {f"{kind.status} `{kind.word}`" for kind in vars(errors).values() if isinstance(kind, type)}
+    assert sorted(explained) == sorted(tree)
+
+
 def test_every_metric_is_listed():
     families = [family.name + ("_total" if family.type == "counter" else "") for family in Metrics().registry.collect()]
     assert sorted(re.findall(r"^\| `((?:bertd|process|python)_\w+)`", text_of("operations.md"), re.M)) == sorted(families)

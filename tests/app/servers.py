@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Protocol, Self
 
 import httpx
 
@@ -83,21 +83,28 @@ def until(condition) -> None:
         time.sleep(0.02)
 
 
+class HasUrl(Protocol):
+    """A server, or what stands before several and leads to another each time."""
+
+    @property
+    def url(self) -> str: ...
+
+
 class Load:
     """A client for each of the inputs, which sends them again and again to /embed; what each got, in order."""
 
-    def __init__(self, server: RunningServer, inputs: Sequence[object]) -> None:
+    def __init__(self, server: HasUrl, inputs: Sequence[object]) -> None:
         self.answers: list[list[httpx.Response]] = [[] for _ in inputs]
         self._stop = threading.Event()
         self._threads = [
-            threading.Thread(target=self._run, args=(server.url, {"inputs": its}, answers))
+            threading.Thread(target=self._run, args=(server, {"inputs": its}, answers))
             for its, answers in zip(inputs, self.answers, strict=True)
         ]
 
-    def _run(self, url: str, body: object, answers: list[httpx.Response]) -> None:
-        with httpx.Client(base_url=url, timeout=60) as client:
+    def _run(self, server: HasUrl, body: object, answers: list[httpx.Response]) -> None:
+        with httpx.Client(timeout=60) as client:
             while not self._stop.is_set():
-                answers.append(client.post("/embed", json=body))
+                answers.append(client.post(f"{server.url}/embed", json=body))
 
     def go_on(self, count: int = 1) -> None:
         """Wait until each client has had so many answers more."""
