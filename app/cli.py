@@ -64,6 +64,7 @@ def serve(settings: Settings) -> None:
     from app.auth import Keys
     from app.main import counted_refusal, create_app
     from app.memory import keep_memory_small, pass_over_what_stays
+    from app.record import PROBES
     from app.server import Server, connection_limit
     from app.serving import Serving, running_serving
     from app.traces import open_tracer
@@ -75,7 +76,8 @@ def serve(settings: Settings) -> None:
 
     async def run(serving: Serving) -> None:
         refuse = counted_refusal(serving.metrics)
-        wire = Wire(settings.header_timeout, settings.body_timeout, limit, lambda error: refuse(error, {"path": ""}))
+        probes = [f"{settings.url_prefix or ''}{path}" for path in PROBES]
+        wire = Wire(settings.header_timeout, settings.body_timeout, limit, probes, lambda error: refuse(error, {"path": ""}))
         config = uvicorn.Config(
             create_app(settings, serving, tracer),
             http=wire.protocol(),

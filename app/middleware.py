@@ -9,6 +9,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.errors import BodyTooLarge, DeadlineExceeded, InvalidInput, NotFound, NotReady, Overloaded, RequestTimeout, ServiceError
+from app.record import PROBES
 
 Refuse = Callable[[ServiceError, Scope], ASGIApp]
 """An error as the answer that the client of a path understands."""
@@ -17,7 +18,6 @@ _TIMEOUT_HEADER = "x-request-timeout"
 _LARGEST_BODIES = 32  # that the bodies of all requests at once may come to
 _LINGER_BYTES = 64 * 2**20  # of a refused body that are read and thrown away, so that the client gets to read the refusal
 _LINGER_SECONDS = 5.0
-_ALWAYS_OPEN = ("/health", "/ready", "/metrics")
 
 
 class PlainPaths:
@@ -62,7 +62,7 @@ class Door:
         self._refuse = refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or path_of(scope) in _ALWAYS_OPEN:
+        if scope["type"] != "http" or path_of(scope) in PROBES:
             await self._app(scope, receive, send)
             return
         if self._closing.is_set():

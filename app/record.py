@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 NO_ROUTE = "none"  # of a request that fits no route, or was refused before one was found
-_PROBES = frozenset(("/health", "/ready", "/metrics"))
+PROBES = frozenset(("/health", "/ready", "/metrics"))  # what machines ask every few seconds
 
 
 class Stage(NamedTuple):
@@ -45,7 +45,7 @@ class RequestRecord:
     @property
     def is_probe(self) -> bool:
         """Whether a machine asks this every few seconds."""
-        return self.route in _PROBES
+        return self.route in PROBES
 
     @property
     def trace_id(self) -> str | None:

@@ -14,11 +14,11 @@ from typing import cast
 import uvicorn
 
 from app.serving import Serving
-from app.wire import TURNED_AWAY, Connection
+from app.wire import ABOVE_LIMIT, Connection
 
 log = logging.getLogger("bertd.server")
 
-_OTHER_FILES = 64 + TURNED_AWAY  # descriptors that are no client's: engines, files, libraries
+_OTHER_FILES = 64 + ABOVE_LIMIT  # descriptors that are no client's: engines, files, libraries
 _LAST_SECONDS = 1.0  # for requests that were cut off to give back what they hold
 
 

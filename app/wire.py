@@ -6,7 +6,7 @@ shape of every other refusal, and the connection ends.
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -20,9 +20,9 @@ from app.errors import HeadTooLarge, MalformedRequest, NotReady, RequestTimeout,
 _HEAD_BYTES = 2**16  # of a request line and headers, with the trailers of its body
 _HEADERS = 100
 _PIPELINED = 16  # requests that may wait on a connection for the answer to the one before
-_LINGER_SECONDS = 2.0  # for a client to read a refusal before its connection is cut,
+_LINGER_SECONDS = 2.0  # for a client to read a refusal before its connection is cut, or to ask above the limit,
 _LINGER_BYTES = 2**20  # and what it may send meanwhile
-TURNED_AWAY = 64  # connections above the limit that are told so; more are cut without a word
+ABOVE_LIMIT = 64  # connections that are heard above the limit: probes are answered, others told so; more are cut without a word
 
 _CODING = b"transfer-encoding"
 _FRAMING = (b"content-length", _CODING)
@@ -37,13 +37,14 @@ was answered before it, another request, the client to take its last answer, the
 
 @dataclass
 class Wire:
-    """What the connections of a server share. Times are in seconds."""
+    """What the connections of a server share. Times are in seconds; `probes` are the paths of those who look whether it lives."""
 
     header_timeout: float
     body_timeout: float
     max_connections: int
+    probes: Collection[str]
     refuse: Callable[[ServiceError], Response]
-    turned_away: int = 0  # connections above the limit that are being told so
+    above_limit: int = 0  # connections that are heard all the same
 
     def protocol(self) -> type["Connection"]:
         """The class of these connections, for uvicorn to make each of."""
@@ -66,7 +67,7 @@ class Connection(HttpToolsProtocol):
         self._held_bytes = 0  # that it got since it last handed anything over
         self._discarded = 0
         self._deaf = False  # whatever still comes is thrown away
-        self._turned_away = False
+        self._above_limit = False
         self._running: RequestResponseCycle | None = None  # the request that is being answered, or was last
         self._refusal: ServiceError | None = None  # to be sent after the answer to the request that is running
         self._wait: Wait | None = None
@@ -76,12 +77,15 @@ class Connection(HttpToolsProtocol):
     # What the transport calls
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        if len(self.connections) < self.wire.max_connections:
-            super().connection_made(transport)
-            self._watch()
-        else:
+        self._above_limit = len(self.connections) - self.wire.above_limit >= self.wire.max_connections
+        if self._above_limit and self.wire.above_limit == ABOVE_LIMIT:
+            self._above_limit = False
             self.transport = transport
-            self._turn_away()
+            transport.abort()
+            return
+        self.wire.above_limit += self._above_limit
+        super().connection_made(transport)
+        self._watch()
 
     def data_received(self, data: bytes) -> None:
         if self._deaf:
@@ -101,7 +105,7 @@ class Connection(HttpToolsProtocol):
             _hang_up(self._running)
         for timer in filter(None, (self._timer, self._unread)):
             timer.cancel()
-        self.wire.turned_away -= self._turned_away
+        self.wire.above_limit -= self._above_limit
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -144,8 +148,12 @@ class Connection(HttpToolsProtocol):
             self.cycle.keep_alive = False  # its answer says that what came after it was not read
             self._deaf = True
             raise MalformedRequest("too many requests are pipelined")
+        if self._above_limit and httptools.parse_url(self.url).path.decode() not in self.wire.probes:
+            limit = self.wire.max_connections
+            raise NotReady(f"{limit} connections are open, which is the limit; try again later", retry_after=1)
         super().on_headers_complete()
         self._reading = "body"
+        self.cycle.keep_alive &= not self._above_limit
 
     def on_body(self, body: bytes) -> None:
         self._held_bytes = 0
@@ -240,31 +248,20 @@ class Connection(HttpToolsProtocol):
 
     def _patience(self, wait: Wait) -> float:
         if wait in ("start", "head"):
-            return self.wire.header_timeout
+            return min(self.wire.header_timeout, _LINGER_SECONDS) if self._above_limit else self.wire.header_timeout
         if wait == "next":
             return self.timeout_keep_alive
         return _LINGER_SECONDS if wait == "linger" else self.wire.body_timeout
 
     def _on_late(self) -> None:
         if self._wait == "head":
-            seconds = self.wire.header_timeout
+            seconds = self._patience("head")
             self._refuse(RequestTimeout(f"the head of the request was not complete after {seconds:g} s; send it at once"))
             self._watch()
         elif self.transport.get_write_buffer_size():  # it would be closed only when the client has taken it all
             self.transport.abort()
         else:
             self.transport.close()
-
-    def _turn_away(self) -> None:
-        self._deaf = True
-        if self.wire.turned_away == TURNED_AWAY:
-            self.transport.abort()
-            return
-        self._turned_away = True
-        self.wire.turned_away += 1
-        limit = self.wire.max_connections
-        self._say(NotReady(f"{limit} connections are open, which is the limit; try again later", retry_after=1))
-        self._watch()
 
     def _refuse(self, error: ServiceError) -> None:
         """End the connection with a refusal, after the answers to the requests before the one that is refused."""

@@ -17,6 +17,8 @@ import pytest
 from raw_http import Reader, connect, descriptors, exchange, read, request
 from servers import running_server, until
 
+from app.wire import ABOVE_LIMIT
+
 pytestmark = pytest.mark.system
 
 TEXT = json.dumps({"inputs": "abc"}).encode()
@@ -214,19 +216,42 @@ def test_a_client_that_takes_its_answer_slowly_gets_all_of_it(tidy):
     assert reader.answers[0].body == wanted.body
 
 
-def test_connections_above_the_limit_are_told_so_and_closed(tidy):
-    health = request("/health", method="GET")
+INFO = request("/info", method="GET")
+
+
+@contextlib.contextmanager
+def full(server):
+    """As many connections as there may be are open; all end with the block."""
     with contextlib.ExitStack() as held:
         statuses = []
         while 503 not in statuses:
-            connection = held.enter_context(connect(tidy))
-            connection.sendall(health)
+            connection = held.enter_context(connect(server))
+            connection.sendall(INFO)
             statuses += [answer.status for answer in read(connection, 1)]
         assert CONNECTIONS - 3 <= statuses.count(200) <= CONNECTIONS  # the client of the tests has one, or a few
+        yield held
+
+
+def test_above_the_limit_of_connections_probes_are_answered_and_all_others_told_so(tidy):
+    with full(tidy):
         for _ in range(80):
-            (told,) = exchange(tidy, health)
-            assert (told.status, told.headers["connection"], told.headers["retry-after"]) == (503, "close", "1")
-    until(lambda: [answer.status for answer in exchange(tidy, request("/health", method="GET"), count=1)] == [200])
+            for refused in (INFO, request("/embed", TEXT)):
+                (told,) = exchange(tidy, refused)
+                assert (told.status, told.headers["connection"], told.headers["retry-after"]) == (503, "close", "1")
+            (probed,) = exchange(tidy, request("/health", method="GET"))
+            assert (probed.status, probed.headers["connection"]) == (200, "close")
+        for path in ("/ready", "/metrics"):
+            assert [answer.status for answer in exchange(tidy, request(path, method="GET"))] == [200]
+    until(lambda: [answer.status for answer in exchange(tidy, INFO, count=1)] == [200])
+
+
+def test_who_asks_nothing_above_the_limit_of_connections_is_soon_gone(tidy):
+    with full(tidy) as held:
+        before = descriptors(tidy)
+        silent = [held.enter_context(connect(tidy)) for _ in range(100)]
+        assert descriptors(tidy) <= before + ABOVE_LIMIT
+        assert [read(connection) for connection in silent] == [[]] * 100
+        assert [answer.status for answer in exchange(tidy, request("/health", method="GET"))] == [200]
 
 
 def test_running_out_of_descriptors_closes_new_connections_and_nothing_else(tidy):
