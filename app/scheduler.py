@@ -205,8 +205,8 @@ class Scheduler:
         else:
             finite = finite_rows(results).tolist()
         bad = EngineError("the encoder gave a value that is not a number")
-        outcomes = [result if good else bad for result, good in zip(results, finite, strict=True)]
-        self._settle_in_turns(zip(batch, outcomes, strict=True))
+        checked = zip(batch, results, finite, strict=True)
+        self._settle_in_turns(iter([(row, result if good else bad) for row, result, good in checked]))
 
     def _settle_in_turns(self, outcomes: Iterator[tuple[Row, Outcome]]) -> None:
         """End a few jobs in each turn of the event loop: a batch may end a hundred, and others are to be heard between them."""

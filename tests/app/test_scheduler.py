@@ -275,11 +275,13 @@ async def test_a_value_that_is_not_a_number_is_an_error_of_its_row_only():
 
 
 async def test_an_answer_of_the_wrong_shape_ends_every_row_with_an_error():
-    engine, scheduler = make()
-    job = submit(scheduler, [1], [2])
+    engine, scheduler = make(max_batch_tokens=100)
+    jobs = [submit(scheduler, [n]) for n in range(20)]
     await turns()
-    engine.batches[0][2].set_result(np.ones((1, 2), dtype=np.float32))
-    assert all(isinstance(outcome, ServiceError) for outcome in (await job).outcomes)
+    engine.batches[0][2].set_result(np.ones((19, 2), dtype=np.float32))
+    for job in jobs:
+        (outcome,) = (await job).outcomes
+        assert isinstance(outcome, ServiceError)
 
 
 async def test_drain_refuses_new_work_and_answers_old():
