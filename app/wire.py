@@ -77,13 +77,14 @@ class Connection(HttpToolsProtocol):
     # What the transport calls
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        self._above_limit = len(self.connections) - self.wire.above_limit >= self.wire.max_connections
-        if self._above_limit and self.wire.above_limit == ABOVE_LIMIT:
-            self._above_limit = False
+        above_limit = len(self.connections) - self.wire.above_limit >= self.wire.max_connections
+        if above_limit and self.wire.above_limit == ABOVE_LIMIT:
+            self._deaf = True
             self.transport = transport
             transport.abort()
             return
-        self.wire.above_limit += self._above_limit
+        self._above_limit = above_limit
+        self.wire.above_limit += above_limit
         super().connection_made(transport)
         self._watch()
 
