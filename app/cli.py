@@ -62,6 +62,7 @@ def serve(settings: Settings) -> None:
     import uvicorn  # once the port is known to be free: a refusal comes at once
 
     from app.auth import Keys
+    from app.info import info_of
     from app.main import counted_refusal, create_app
     from app.memory import keep_memory_small, pass_over_what_stays
     from app.record import PROBES
@@ -88,7 +89,7 @@ def serve(settings: Settings) -> None:
             proxy_headers=False,
             timeout_keep_alive=_KEEP_ALIVE,
         )
-        banner = _banner(serving.current.service.info(), sock, settings.url_prefix or "")
+        banner = _banner(info_of(serving.current.service), sock, settings.url_prefix or "")
         server = Server(config, serving, settings.grace_period, lambda: print(banner, flush=True))
         pass_over_what_stays()
         await server.serve([sock])
@@ -105,9 +106,10 @@ def serve(settings: Settings) -> None:
 
 def info(settings: Settings) -> None:
     """Print what would be served and what is decided on this machine, as JSON."""
+    from app.info import info_of
 
     async def run(service: Any) -> None:
-        print(json.dumps(service.info(), indent=2))
+        print(json.dumps(info_of(service).model_dump(), indent=2))
 
     _with_service(settings, run)
 
@@ -260,19 +262,19 @@ _FIRST: Mapping[str, tuple[str, str]] = {
 """The path and body of a first request to a model of each kind."""
 
 
-def _banner(facts: Mapping[str, Any], sock: socket.socket, prefix: str) -> str:
+def _banner(told: Any, sock: socket.socket, prefix: str) -> str:
     host, port = sock.getsockname()[:2]
-    path, body = _FIRST[facts["kind"]]
+    path, body = _FIRST[told.kind]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}{prefix}"
     limits = (
-        f"{facts['max_input_length']} tokens a text, {facts['max_batch_tokens']} a batch, "
-        f"{facts['max_queue_tokens']} in the queue, {facts['max_client_batch_size']} texts a request"
+        f"{told.max_input_length} tokens a text, {told.max_batch_tokens} a batch, "
+        f"{told.max_queue_tokens} in the queue, {told.max_client_batch_size} texts a request"
     )
     return "\n".join(
         (
-            f"model    {facts['model_id']} (SHA-256 {facts['model_sha'][:16]}…)",
-            f"kind     {facts['kind']}, {facts['dimension']} numbers a text",
-            f"device   {facts['device']}, {facts['dtype']}, {facts['kernel']}, {facts['threads']} threads",
+            f"model    {told.model_id} (SHA-256 {told.model_sha[:16]}…)",
+            f"kind     {told.kind}, {told.dimension} numbers a text",
+            f"device   {told.device}, {told.dtype}, {told.kernel}, {told.threads} threads",
             f"limits   {limits}",
             f"ready    {url}  (docs at {url}/docs)",
             f"try      curl {url}{path} -H 'Content-Type: application/json' -d '{body}'",

@@ -17,7 +17,6 @@ from app.record import current_record
 from app.scheduler import Answer, Scheduler
 from app.settings import Settings
 from app.waiting import Outcome
-from model.cgroup import memory_limit
 from model.config import Kind, ModelConfig, PoolingMode, transformer_folder, weight_files, with_article
 from model.hub import digest, find_model
 from model.tokenizer import Tokenizer
@@ -81,40 +80,6 @@ class Service:
         """The space of the vectors that `embed` gives under these options."""
         named = prompt_name or self.config.default_prompt
         return Space(self.facts["sha256"], self.config.dimension, self.pooling(pooling), named, self.reader.prompt(prompt_name))
-
-    def info(self) -> dict[str, Any]:
-        """What is served and what was decided at start: TEI's keys, then ours."""
-        facts, settings = self.facts, self.settings
-        return {
-            "model_id": settings.model,
-            "model_sha": facts["sha256"],
-            "model_dtype": facts["dtype"],
-            "served_model_name": self.name,
-            "model_type": _model_type(self.config),
-            "max_concurrent_requests": max(1, self.scheduler.max_queue_tokens // self.config.max_tokens),
-            "max_input_length": self.config.max_tokens,
-            "max_batch_tokens": facts["max_batch_tokens"],
-            "max_batch_requests": None,
-            "max_client_batch_size": settings.max_client_batch_size,
-            "auto_truncate": settings.on_overflow == "truncate",
-            "tokenization_workers": facts["tokenization_workers"],
-            "version": VERSION,
-            "kind": self.config.kind,
-            "dimension": self.config.dimension,
-            "poolings": facts["poolings"],
-            "prompts": sorted(self.config.prompts),
-            "device": facts["device"],
-            "dtype": facts["dtype"],
-            "kernel": facts["kernel"],
-            "threads": facts["threads"],
-            "lanes": facts["lanes"],
-            "on_overflow": settings.on_overflow,
-            "max_request_tokens": settings.max_request_tokens,
-            "max_queue_tokens": self.scheduler.max_queue_tokens,
-            "max_body_bytes": settings.max_body_bytes,
-            "tokens_per_second": round(facts["tokens_per_second"]),
-            "memory_limit": memory_limit(),
-        }
 
     async def infer(self, encoded: Encoded, task: str, merge: Merge, partial: bool) -> tuple[list[Outcome], Stats]:
         """What `merge` makes of the engine's answers for the pieces of each text; raises the first error, if not `partial`."""
@@ -181,14 +146,6 @@ class Service:
             self.metrics.stages[stage].observe(seconds)
         current_record().encoded(stats.texts, stats.tokens, stats.truncated, stages)
         return stats
-
-
-def _model_type(config: ModelConfig) -> dict[str, Any]:
-    """The kind of the model in TEI's words."""
-    if config.kind in ("embedder", "sparse"):
-        return {"embedding": {"pooling": "splade" if config.kind == "sparse" else config.pooling}}
-    numbered = {str(place): label for place, label in enumerate(config.labels)}
-    return {config.kind: {"id2label": numbered, "label2id": {label: int(place) for place, label in numbered.items()}}}
 
 
 @asynccontextmanager

@@ -27,7 +27,7 @@ LEVELS = {
         {"worker", "scheduler", "inputs"},
         {"outcomes"},
         {"service"},
-        {"embedding"},
+        {"embedding", "info"},
         {"bulk", "chunking", "scoring"},
         {"classification", "middleware"},
         {"auth", "observe", "serving", "api.json_route", "api.fields", "api.responses"},

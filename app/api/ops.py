@@ -1,16 +1,16 @@
 """What an operator asks: is it alive, is it ready, what is it, how is it doing."""
 
-from typing import Any
-
 from fastapi import APIRouter, Request, Response
 
 from app.api.json_route import ServiceOf
 from app.api.responses import ANYWHERE, ErrorBody, Responses, errors
 from app.errors import NotReady
+from app.info import Info, info_of
 
 router = APIRouter(tags=["operations"])
 
-_EXPOSITIONS: Responses = {200: {"content": {"text/plain": {}, "application/openmetrics-text": {}}}}
+_TEXT = {"schema": {"type": "string"}}
+_EXPOSITIONS: Responses = {200: {"content": {"text/plain": _TEXT, "application/openmetrics-text": _TEXT}}}
 _PUBLIC = errors(ErrorBody, [408, 413, 422, 431, 500])
 _DOWN = _PUBLIC | errors(ErrorBody, [503], changed={503: "not able to answer"})
 
@@ -39,6 +39,6 @@ async def metrics(request: Request, service: ServiceOf) -> Response:
 
 
 @router.get("/info", responses=errors(ErrorBody, ANYWHERE))
-async def info(service: ServiceOf) -> dict[str, Any]:
+async def info(service: ServiceOf) -> Info:
     """What is served and what was decided at start."""
-    return service.info()
+    return info_of(service)

@@ -2,7 +2,7 @@
 
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Response
 from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr
@@ -65,10 +65,23 @@ class UnrankedDocument(RerankError):
     index: int
 
 
+class ApiVersion(BaseModel):
+    version: Literal["1", "2"]
+
+
+class BilledUnits(BaseModel):
+    search_units: int
+
+
+class Meta(BaseModel):
+    api_version: ApiVersion = Field(description="that of Cohere's API whose route was asked")
+    billed_units: BilledUnits = Field(description="of no effect: what Cohere's clients expect")
+
+
 class Results(BaseModel):
     id: str
     results: list[Result | UnrankedDocument]
-    meta: dict[str, Any]
+    meta: Meta
     usage: Usage
     model: str
     details: list[TextDetail] | None = None
