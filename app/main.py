@@ -7,7 +7,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.routing import APIRoute
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Scope
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.api import admin, chunks, classify, dispatch, openai, ops, rerank, tei, vllm
 from app.api.json_route import DirectRoutes, JsonRoute
@@ -95,7 +95,11 @@ def create_api(refuse: Refuse) -> FastAPI:
         redoc_url=None,
         swagger_ui_parameters={"tryItOutEnabled": True, "validatorUrl": None},  # which would be on another host
         telemetry=_NO_TELEMETRY,
-        exception_handlers={ServiceError: on_service_error, HTTPException: _on_http_exception},
+        exception_handlers={
+            ServiceError: on_service_error,
+            HTTPException: _on_http_exception,
+            Exception: _on_defect,
+        },
     )
     for router in ROUTERS:
         api.include_router(router)
@@ -125,6 +129,15 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = f"{request.method} on this path: {error.detail}; see /docs"
     return _answer(path_of(request.scope), error.status_code, NotFound.word, message, error.headers or {})
+
+
+async def _on_defect(request: Request, error: Exception) -> ASGIApp:
+    """Nothing, in the place of Starlette's own words: the exception goes on to Observe, which answers as everywhere."""
+
+    async def nothing(scope: Scope, receive: Receive, send: Send) -> None:
+        pass
+
+    return nothing
 
 
 def _answer(path: str, status: int, word: str, message: str, headers: Mapping[str, str]) -> Response:

@@ -27,7 +27,7 @@ _SAID: Mapping[int | str, str] = {
     424: "the checkpoint can't be served; the one before it goes on",
 }
 
-router = APIRouter(tags=["admin"], responses=errors(ErrorBody, ANYWHERE, _SAID, changed=_SAID))
+router = APIRouter(tags=["admin"], responses=errors(ErrorBody, ANYWHERE, [422], _SAID, changed=_SAID))
 
 
 @router.post("/admin/reload")

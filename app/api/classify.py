@@ -32,11 +32,11 @@ ClassificationOf = Annotated[Classification, Depends(classification_of)]
 
 
 router = APIRouter(tags=["classify"], responses=errors(ErrorBody, ANYWHERE, READ), route_class=JsonRoute)
-classifiers = APIRouter(tags=["classify"], responses=errors(ErrorBody, ANYWHERE))  # the routes without a body
+classifiers = APIRouter(tags=["classify"], responses=errors(ErrorBody, ANYWHERE, [422]))  # the routes without a body
 
 
 _FITTED: Responses = CUT | errors(
-    ErrorBody, [409, 424, 500, 503, 507], changed={500: "the encoder or the fit failed, or the server has a defect"}
+    ErrorBody, [409, 424, 500, 507], changed={500: "the encoder or the fit failed, or the server has a defect"}
 )
 
 _WAYS = "wanted either classifier, the name of one that PUT /classifiers/{name} fitted, or labels, the names to choose from"
@@ -187,13 +187,13 @@ async def list_classifiers(classification: ClassificationOf) -> Response:
     return _json({"classifiers": [_described(*known) for known in classification.known()]})
 
 
-@classifiers.get("/classifiers/{name}", response_model=ClassifierBody | BrokenBody, responses=errors(ErrorBody, [404, 422]))
+@classifiers.get("/classifiers/{name}", response_model=ClassifierBody | BrokenBody, responses=errors(ErrorBody, [404]))
 async def get_classifier(name: str, classification: ClassificationOf) -> Response:
     """What is known of a classifier."""
     return _json(_described(name, *classification.problem(name)))
 
 
-@classifiers.delete("/classifiers/{name}", response_model=DeletedBody, responses=errors(ErrorBody, [404, 422, 507]))
+@classifiers.delete("/classifiers/{name}", response_model=DeletedBody, responses=errors(ErrorBody, [404, 507]))
 async def delete_classifier(name: str, classification: ClassificationOf) -> Response:
     """Forget a classifier."""
     await classification.delete(name)

@@ -51,7 +51,7 @@ class ErrorEnvelope(BaseModel):
 _ERRORS = errors(
     ErrorEnvelope,
     ANYWHERE,
-    [400, 429, 503, 504, "default"],
+    [400, "default"],
     changed={400: "the request is invalid, or the model of another kind"},
 )
 
@@ -104,7 +104,9 @@ class ModelList(BaseModel):
 
 
 router = APIRouter(tags=["openai"], responses=_ERRORS, route_class=JsonRoute)
-model_router = APIRouter(tags=["openai"], responses=errors(ErrorEnvelope, ANYWHERE, ["default"]))
+model_router = APIRouter(
+    tags=["openai"], responses=errors(ErrorEnvelope, ANYWHERE, [400, "default"], changed={400: "the request is invalid"})
+)
 
 
 @router.post("/embeddings", include_in_schema=False)

@@ -11,7 +11,8 @@ router = APIRouter(tags=["operations"])
 
 _TEXT = {"schema": {"type": "string"}}
 _EXPOSITIONS: Responses = {200: {"content": {"text/plain": _TEXT, "application/openmetrics-text": _TEXT}}}
-_PUBLIC = errors(ErrorBody, [408, 413, 422, 431, 500])
+_GUARDED = errors(ErrorBody, ANYWHERE, [422])
+_PUBLIC: Responses = {status: refused for status, refused in _GUARDED.items() if status != 401}
 _DOWN = _PUBLIC | errors(ErrorBody, [503], changed={503: "not able to answer"})
 
 
@@ -31,14 +32,14 @@ async def ready(service: ServiceOf) -> Response:
     return Response()
 
 
-@router.get("/metrics", response_class=Response, responses=_EXPOSITIONS | _PUBLIC)
+@router.get("/metrics", response_class=Response, responses=_EXPOSITIONS | _GUARDED)
 async def metrics(request: Request, service: ServiceOf) -> Response:
     """Prometheus's text format, or OpenMetrics where Accept asks for it, as Prometheus does."""
     body, content_type = service.metrics.exposition(request.headers.get("accept", ""))
     return Response(body, headers={"content-type": content_type})
 
 
-@router.get("/info", responses=errors(ErrorBody, ANYWHERE))
+@router.get("/info", responses=_GUARDED)
 async def info(service: ServiceOf) -> Info:
     """What is served and what was decided at start."""
     return info_of(service)

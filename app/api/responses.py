@@ -31,9 +31,9 @@ class TextDetail(BaseModel):
 Responses = dict[int | str, dict[str, Any]]
 """What FastAPI's page says of answers, by their status."""
 
-ANYWHERE = (401, 408, 413, 431, 500, 503, 504)  # refusals of what surrounds every route that is not public
-READ = (400, 422)  # of a body
-ENCODED = (424, 429)  # of routes that use the encoder
+ANYWHERE = (401, 408, 413, 429, 431, 500, 503, 504)  # refusals of what surrounds every route that is not public
+READ = (400, 422)  # of a body; a bad x-request-timeout is 422 too, and 400 in dialects without that
+ENCODED = (424,)  # of routes that use the encoder
 
 _REFUSED: Mapping[int | str, str] = {
     400: "an input is empty",

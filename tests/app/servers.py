@@ -1,5 +1,6 @@
-"""`bertd` in processes of its own."""
+"""`bertd` in processes of its own, and what surrounds its routes in this one."""
 
+import asyncio
 import os
 import re
 import signal
@@ -8,12 +9,17 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, Self
+from types import SimpleNamespace
+from typing import Any, Protocol, Self
 
 import httpx
+
+from app.main import create_app
+from app.metrics import Metrics
+from app.settings import Settings
 
 BERTD = [sys.executable, "-m", "app.cli"]
 
@@ -73,6 +79,18 @@ def running_server(exit_code: int = 0, stderr: int | None = None, **settings: ob
         code = process.wait(timeout=30)
         process.stdout.close()
     assert code == exit_code
+
+
+def serving_nothing() -> SimpleNamespace:
+    """In the place of a Serving: whatever asks for its service meets a defect."""
+    current = SimpleNamespace(entered=nullcontext)
+    return SimpleNamespace(metrics=Metrics(), closing=asyncio.Event(), check_room=lambda: None, current=current)
+
+
+def client_of(serving: Any, **settings: Any) -> httpx.AsyncClient:
+    """A client of an app in this process."""
+    app = create_app(Settings(**settings), serving)
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://bertd")
 
 
 def until(condition) -> None:

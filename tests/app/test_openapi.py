@@ -1,8 +1,9 @@
 """What OpenAPI and docs/api.md say of the server is what it does: schemathesis over real sockets, against each kind of model."""
 
+import asyncio
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,12 @@ import httpx
 import pytest
 import schemathesis
 from checkpoints import MINILM, save_checkpoint
-from fastapi import Response
 from hypothesis import HealthCheck, Phase, settings
 from schemathesis import Case
 from schemathesis.specs.openapi import checks
-from servers import RunningServer, running_server
+from servers import RunningServer, client_of, running_server, serving_nothing
 
-from app import errors
+from app import errors, middleware
 from app.main import create_api, refusal
 from app.service import ROUTES
 
@@ -264,6 +264,50 @@ def test_every_route_refuses_a_wrong_key_and_a_large_body_as_documented(strict: 
     check_answer(response, path, method)
 
 
+async def never() -> AsyncIterator[bytes]:
+    """A body that does not come."""
+    await asyncio.Event().wait()
+    yield b""
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(("method", "path"), OPERATIONS)
+async def test_what_surrounds_a_route_refuses_as_documented(method: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    serving, full = serving_nothing(), asyncio.Event()
+
+    def check_room() -> None:
+        if full.is_set():
+            raise errors.Overloaded("the queue is full", retry_after=1)
+
+    serving.check_room = check_room
+    async with client_of(serving, admin_key="sesame", body_timeout=0.01) as client:
+
+        async def status(**request: Any) -> int:
+            headers = {"authorization": "Bearer sesame"} | request.pop("headers", {})
+            response = await client.request(method, path.replace("{name}", "name"), headers=headers, **request)
+            check_answer(as_received(response.status_code, response.headers, response.content), path, method)
+            return response.status_code
+
+        body = {"json": next(iter(examples_of(path, method.lower())), {})}
+        assert await status(content=never()) == 408
+        assert await status(headers={"x-request-timeout": "soon"}) in (400, 422)
+        assert await status(**body) == 500
+        full.set()
+        assert await status(**body) == (429 if method == "POST" and not path.startswith("/admin/") else 500)
+        monkeypatch.setattr(middleware, "_LARGEST_BODIES", 0)
+        assert await status(**body) == 429
+        serving.closing.set()
+        assert await status() == (500 if path in PUBLIC else 503)
+
+
+@pytest.mark.parametrize(("method", "path"), OPERATIONS)
+def test_a_route_that_has_no_time_refuses_as_documented(mood: RunningServer, method: str, path: str) -> None:
+    if path != "/admin/reload":
+        body = next(iter(examples_of(path, method.lower())), None)
+        at = path.replace("{name}", MINILM if "models" in path else "mood")
+        check_answer(mood.client.request(method, at, json=body, headers={"x-request-timeout": "1e-9"}), path, method)
+
+
 SAME = {"/v2/rerank": "/v1/rerank", "/v1/score": "/score", "/invocations": "/"}
 SECTION = re.compile(r"^## (GET|POST|PUT|DELETE) (\S+)\n(.*?)(?=^#+ )", re.M | re.S)
 ROW = re.compile(r"^\| `(.*)` \| (\d+) `(.*)` \|$", re.M)
@@ -316,13 +360,13 @@ def test_every_documented_refusal_is_what_its_dialect_answers(method: str, path:
     for kind in TREE:
         answer = refusal(kind("what was found", retry_after=3), {"type": "http", "path": path})
         if answer.status_code in documented:
-            check_answer(as_received(answer), path, method)
+            check_answer(as_received(answer.status_code, answer.raw_headers, answer.body), path, method)
             refused.add(answer.status_code)
     assert refused == documented
 
 
-def as_received(answer: Response) -> httpx.Response:
+def as_received(status: int, headers: Any, content: bytes | memoryview) -> httpx.Response:
     request = httpx.Request("GET", "http://localhost")
-    response = httpx.Response(answer.status_code, headers=answer.raw_headers, content=answer.body, request=request)
+    response = httpx.Response(status, headers=headers, content=content, request=request)
     response.elapsed = timedelta()
     return response
