@@ -5,8 +5,9 @@ import hmac
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -19,10 +20,14 @@ log = logging.getLogger("bertd.auth")
 
 PUBLIC = ("/health", "/ready", "/docs", "/openapi.json", "/static-offline-docs/")
 
+_ADMIN = ("/admin", "/admin/")
 _LOOK_SECONDS = 1.0  # between two looks at the file of keys
 
 Digest = bytes
 """SHA-256 of a key: all have one length, so that comparing them tells nothing of a key's own."""
+
+KeyName = Literal["ApiKey", "AdminKey"]
+_SAID: Mapping[KeyName, str] = {"ApiKey": "the key", "AdminKey": "the admin key"}
 
 
 class Keys:
@@ -32,13 +37,23 @@ class Keys:
         """Raises SettingsError where the file holds no keys, or the admin key is one of them."""
         self._fixed = [_digest(key.encode()) for key in settings.api_keys]
         self.admin = None if settings.admin is None else _digest(settings.admin.encode())
+        self._public = (*PUBLIC, "/metrics") if settings.metrics_public else PUBLIC
         self._file = None if settings.api_key_file is None else Path(settings.api_key_file).expanduser()
         self._state = _state(self._file)
         self._filed = self._read() if self._file else []
         self._next_look = time.monotonic() + _LOOK_SECONDS
 
-    def current(self) -> list[Digest]:
-        """The keys of this moment; none where none are asked for."""
+    def wanted(self, path: str) -> KeyName | None:
+        """Which key opens a path; None where it stands open. It is the same at every moment."""
+        if self.admin is not None and _is_below(path, _ADMIN):
+            return "AdminKey"
+        closed = (self._fixed or self._file) and not _is_below(path, self._public)
+        return "ApiKey" if closed else None
+
+    def current(self, name: KeyName) -> list[Digest]:
+        """The keys of that name at this moment."""
+        if name == "AdminKey":
+            return [self.admin] if self.admin is not None else []
         if self._file and time.monotonic() >= self._next_look:
             self._next_look = time.monotonic() + _LOOK_SECONDS
             self._look()
@@ -76,10 +91,9 @@ class RequireKey:
     Without an admin key there is nothing below /admin.
     """
 
-    def __init__(self, app: ASGIApp, keys: Keys, metrics_public: bool, refuse: Refuse) -> None:
+    def __init__(self, app: ASGIApp, keys: Keys, refuse: Refuse) -> None:
         self._app = app
         self._keys = keys
-        self._public = (*PUBLIC, "/metrics") if metrics_public else PUBLIC
         self._refuse = refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -88,29 +102,19 @@ class RequireKey:
 
     def _objection(self, scope: Scope) -> ServiceError | None:
         path = path_of(scope)
-        if _is_below(path, ("/admin", "/admin/")):
-            return self._admin_objection(scope)
-        if _is_below(path, self._public):
-            return None
-        return _missing("the key", scope, self._keys.current())
-
-    def _admin_objection(self, scope: Scope) -> ServiceError | None:
-        if self._keys.admin is not None:
-            return _missing("the admin key", scope, [self._keys.admin])
-        as_if_not_there = NotFound(f"{scope['method']} on this path: Not Found; see /docs")
-        return _missing("the key", scope, self._keys.current()) or as_if_not_there
-
-
-def _missing(what: str, scope: Scope, keys: Sequence[Digest]) -> Unauthorized | None:
-    """A refusal where keys are asked for and the request has none of them."""
-    if not keys:
+        wanted = self._keys.wanted(path)
+        if wanted is not None and not _has_one_of(self._keys.current(wanted), scope):
+            return Unauthorized(f"{_SAID[wanted]} is missing or wrong; send the header Authorization: Bearer KEY")
+        if self._keys.admin is None and _is_below(path, _ADMIN):
+            return NotFound(f"{scope['method']} on this path: Not Found; see /docs")  # as any that is not there
         return None
+
+
+def _has_one_of(keys: Sequence[Digest], scope: Scope) -> bool:
     scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
     sent = _digest(key.strip().encode("latin-1"))  # the bytes as they came
     good = [hmac.compare_digest(sent, known) for known in keys]  # each of them, whichever fits
-    if any(good) and scheme.lower() == "bearer":
-        return None
-    return Unauthorized(f"{what} is missing or wrong; send the header Authorization: Bearer KEY")
+    return any(good) and scheme.lower() == "bearer"
 
 
 def _is_below(path: str, places: Sequence[str]) -> bool:

@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.api import admin, chunks, classify, dispatch, openai, ops, rerank, tei, vllm
 from app.api.json_route import DirectRoutes, JsonRoute
-from app.auth import Keys, RequireKey
+from app.auth import KeyName, Keys, RequireKey
 from app.compression import Compress
 from app.cors import cross_origin
 from app.errors import NotFound, ServiceError
@@ -47,6 +47,10 @@ JSON_ROUTES = [
     if isinstance(route, JsonRoute) and route.methods == {"POST"} and not route.param_convertors
 ]
 
+_KEYS: Mapping[KeyName, str] = {
+    "ApiKey": "one of BERTD_API_KEY or BERTD_API_KEY_FILE",
+    "AdminKey": "BERTD_ADMIN_KEY; it opens the routes below /admin/ and no other, and no API key opens these",
+}
 # FastAPI's own, which environment variables switch on, sends the texts of exceptions and of invalid requests.
 _NO_TELEMETRY = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
 _DIALECTS: Mapping[str, Callable[[int, str, str], tuple[int, Mapping[str, Any]]]] = {
@@ -70,20 +74,21 @@ def create_app(settings: Settings, serving: Serving, tracer: Tracer | None = Non
     """
     refuse = counted_refusal(serving.metrics)
     serving.metrics.expect(route.path for router in ROUTERS for route in router.routes if isinstance(route, APIRoute))
-    app: ASGIApp = DirectRoutes(create_api(refuse), JSON_ROUTES, refuse)
+    keys = Keys(settings)
+    app: ASGIApp = DirectRoutes(create_api(refuse, keys), JSON_ROUTES, refuse)
     app = EnterCurrent(app, serving)
     app = Deadline(app, settings.request_timeout, refuse)
     app = CancelOnDisconnect(app, settings.body_timeout)
     app = BodyLimit(app, settings.max_body_bytes, refuse)
-    app = RequireKey(app, Keys(settings), settings.metrics_public, refuse)
+    app = RequireKey(app, keys, refuse)
     app = Door(Compress(app), serving.closing, serving.check_room, refuse)
     app = PlainPaths(app, settings.url_prefix or "", refuse)
     allow = cross_origin(settings.origins)
     return Observe(allow(app), serving.metrics, lambda error, scope: allow(refuse(error, scope)), tracer, settings.log_inputs)
 
 
-def create_api(refuse: Refuse) -> FastAPI:
-    """Every route, documented: what stands at /docs and /openapi.json."""
+def create_api(refuse: Refuse, keys: Keys | None = None) -> FastAPI:
+    """Every route, documented: what stands at /docs and /openapi.json, and which of the keys each wants."""
 
     async def on_service_error(request: Request, error: ServiceError) -> ASGIApp:
         return refuse(error, request.scope)
@@ -103,7 +108,22 @@ def create_api(refuse: Refuse) -> FastAPI:
     )
     for router in ROUTERS:
         api.include_router(router)
+    if keys is not None:
+        page = api.openapi
+        api.openapi = lambda: _with_keys(page(), keys)  # type: ignore[method-assign]
     return api
+
+
+def _with_keys(page: dict[str, Any], keys: Keys) -> dict[str, Any]:
+    """The page of a server with these keys."""
+    for path, operations in page["paths"].items():
+        name = keys.wanted(path)
+        if name is not None:
+            scheme = {"type": "http", "scheme": "bearer", "description": _KEYS[name]}
+            page["components"].setdefault("securitySchemes", {})[name] = scheme
+            for operation in operations.values():
+                operation["security"] = [{name: []}]
+    return page
 
 
 def refusal(error: ServiceError, scope: Scope) -> Response:

@@ -37,7 +37,7 @@ async def served(scope, receive, send):
 
 async def statuses(keys, offered, path="/embed", scheme="Bearer "):
     """The status for each key, from an app that answers whoever gets to it."""
-    app = RequireKey(served, keys, True, refusal)
+    app = RequireKey(served, keys, refusal)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://bertd") as client:
         answers = [await client.post(path, headers={"authorization": f"{scheme}{key}".encode()}) for key in offered]
     return [answer.status_code for answer in answers]
@@ -113,7 +113,7 @@ def test_the_file_is_looked_at_once_a_second_at_most(file, monkeypatch):
     clock = [keys._next_look]
     monkeypatch.setattr(auth.time, "monotonic", lambda: clock[0])
     for _ in range(1000):
-        keys.current()
+        keys.current("ApiKey")
         clock[0] += 0.002
     assert len(looks) == 2
 

@@ -1,6 +1,5 @@
 """The promises of docs/security.md, asked of real servers."""
 
-import asyncio
 import json
 import os
 import re
@@ -12,17 +11,13 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
-import httpx
 import pytest
 from checkpoints import save_checkpoint
-from servers import RunningServer, running_server
+from servers import RunningServer, client_of, running_server, serving_nothing
 
 from app.auth import PUBLIC
-from app.main import create_api, create_app, refusal
-from app.metrics import Metrics
-from app.settings import Settings
+from app.main import create_api, refusal
 
 pytestmark = pytest.mark.system
 
@@ -337,10 +332,37 @@ def test_neither_process_looks_for_another_host(tmp_path, monkeypatch):
 
 @pytest.mark.anyio
 async def test_every_origin_may_ask_where_all_are_allowed_and_read_of_our_defects_too():
-    serving = SimpleNamespace(metrics=Metrics(), closing=asyncio.Event(), check_room=lambda: None)  # no service: a defect
-    app = create_app(Settings(cors_origins="*", api_key="first"), serving)
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://bertd") as client:
+    async with client_of(serving_nothing(), cors_origins="*", api_key="first") as client:
         for status, headers in ((401, {}), (500, KEY)):
             answer = await client.post("/embed", headers={**headers, "origin": ORIGIN}, json={"inputs": "a"})
             assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (status, "*")
             assert answer.headers["x-request-id"]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("admin", [{}, {"admin_key": "sesame"}])
+@pytest.mark.parametrize(
+    "keys", [{}, {"api_key": "first"}, {"api_key_file": "keys"}, {"api_key": "first", "metrics_public": False}]
+)
+async def test_the_page_says_which_key_each_route_wants(keys, admin, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "keys").write_text("first")
+    offered = {"ApiKey": KEY, "AdminKey": ADMIN}
+    async with client_of(serving_nothing(), **keys, **admin) as client:
+
+        async def opens(method, path, headers):
+            return (await client.request(method, path.replace("{name}", "name"), headers=headers)).status_code != 401
+
+        page = (await client.get("/openapi.json")).json()
+        wanted = set()
+        for path, operations in page["paths"].items():
+            for method, operation in operations.items():
+                good = [name for name, headers in offered.items() if await opens(method, path, headers)]
+                security = [] if await opens(method, path, {}) else [{name: []} for name in good]
+                assert operation.get("security", []) == security, path
+                assert not security or "401" in operation["responses"], path
+                wanted.update(*security)
+    assert wanted == {name for name, there in (("ApiKey", keys), ("AdminKey", admin)) if there}
+    schemes = page["components"].get("securitySchemes", {})
+    assert schemes.keys() == wanted
+    assert all((scheme["type"], scheme["scheme"]) == ("http", "bearer") for scheme in schemes.values())
