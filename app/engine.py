@@ -36,6 +36,10 @@ _ENVIRONMENT = {
     # oneDNN makes a primitive for each number of rows, of megabytes each, and keeps the last 1,024.
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
     "LRU_CACHE_CAPACITY": "64",
+    # glibc keeps what a batch gave back for the next one. By default it gives large blocks to the system and takes them
+    # anew, a page at a time: a tenth of the time of a lone text, and memory that rises and falls by 80 MiB.
+    "MALLOC_MMAP_THRESHOLD_": str(2**25),
+    "MALLOC_TRIM_THRESHOLD_": str(2**29),
 }
 _WORKER = [sys.executable, "-m", "app.worker"]
 
