@@ -158,8 +158,11 @@ class Scheduler:
 
     def _pump(self) -> None:
         self._pumping = False
+        if not (free := sum(engine.room for engine in self._engines)):
+            return
+        share = self._queue.share(free, sum(engine.lanes for engine in self._engines))
         for engine in self._engines:
-            while engine.room and (batch := self._queue.next_batch(engine.room)):
+            while engine.room and (batch := self._queue.next_batch(share)):
                 self._send(engine, batch)
 
     def _send(self, engine: Engine, batch: list[Row]) -> None:

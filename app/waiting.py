@@ -15,6 +15,7 @@ from model.tokens import Tokens
 from model.vectors import FloatArray
 
 _LEAST_SHARE = 64  # tokens that are not shared out among lanes: all threads together are as fast with them
+_FULL_SPEED = 2  # a batch that is the largest divided by this is about as fast
 _WARY_BATCHES = 8  # of long jobs after one of short jobs: they are smaller, as the next short job is soon to come
 _WARY_SHARE = 4  # the part of a batch that those have
 
@@ -94,14 +95,23 @@ class Queue:
         """These batches go again, as they are, in this order."""
         self._again.extendleft(reversed(batches))
 
-    def next_batch(self, lanes: int) -> list[Row]:
-        """The rows that go now, where so many lanes can take a batch; none when none waits."""
+    def share(self, free: int, lanes: int) -> int:
+        """Tokens of what waits for each of the free lanes.
+
+        Those that are busy are thought of too as long as that leaves a batch of full speed: else the last rows of a list would
+        all lie on one lane.
+        """
+        fast = self._max_batch_tokens // _FULL_SPEED
+        share = max(-(-self.tokens // lanes), min(-(-self.tokens // free), fast), _LEAST_SHARE)
+        return min(share, self._max_batch_tokens)
+
+    def next_batch(self, share: int) -> list[Row]:
+        """The rows that go now, about so many tokens; none when none waits."""
         while self._again:
             if batch := [row for row in self._again.popleft() if row.job.wanted]:
                 return batch
         if not self.rows:
             return []
-        share = min(max(-(-self.tokens // lanes), _LEAST_SHARE), self._max_batch_tokens)
         if self._short and not (self._long and self._long_is_next):
             self._wary = _WARY_BATCHES
             self._long_is_next = True

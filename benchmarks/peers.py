@@ -9,11 +9,11 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby, islice
-from operator import itemgetter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 
@@ -24,31 +24,44 @@ _MAX_TOKENS = 512
 
 def bertd(dtype: str, folder: Path, device: str, threads: int) -> Encode:
     """Ours: the library as it is, texts in the order in which they come, packed batches on as many lanes as there are."""
+    from app.waiting import Job, Queue
     from model.config import ModelConfig
     from model.runner import make_runner, use_threads
     from model.tokenizer import Tokenizer
-    from model.tokens import Tokens
     from model.vectors import normalize
 
     config = ModelConfig.from_folder(folder)
     tokenizer = Tokenizer.from_folder(folder, config)
     runner, choice = make_runner(folder, device=device, dtype=dtype, threads=threads)
-    lanes = ThreadPoolExecutor(choice.lanes, initializer=use_threads, initargs=(max(1, threads // choice.lanes),))
+    pool = ThreadPoolExecutor(choice.lanes, initializer=use_threads, initargs=(max(1, threads // choice.lanes),))
+    turn = Lock()
+    free = choice.lanes
 
-    def batches(rows: Sequence[Tokens]) -> Iterator[list[Tokens]]:
-        """As many batches for each lane, all of about the same size, as the scheduler shares out what waits."""
-        lengths = np.array([len(row) for row in rows])
-        most = choice.lanes * choice.max_batch_tokens
-        count = choice.lanes * -(-int(lengths.sum()) // most)
-        places = (lengths.cumsum() - lengths / 2) * count // lengths.sum()
-        for _, group in groupby(zip(places, rows, strict=True), key=itemgetter(0)):
-            yield [row for _, row in group]
+    def run_lane(queue: Queue, share: int, vectors: np.ndarray) -> None:
+        """Run batches as the scheduler forms them, until none is left."""
+        nonlocal free
+        while True:
+            with turn:
+                batch = queue.next_batch(share)
+                free -= bool(batch)
+            if not batch:
+                return
+            vectors[[row.place for row in batch]] = runner([row.tokens for row in batch], config.pooling)
+            with turn:
+                free += 1
+                share = queue.share(free, choice.lanes)
 
     def encode(texts: Sequence[str]) -> np.ndarray:
         rows = tokenizer.encode(texts, max_tokens=_MAX_TOKENS)
         if len(rows) == 1:
             return normalize(runner(rows, config.pooling))
-        return normalize(np.concatenate(list(lanes.map(lambda batch: runner(batch, config.pooling), batches(rows)))))
+        queue = Queue(choice.max_batch_tokens)
+        queue.add(Job(config.pooling, Future(), 0.0, []), rows)
+        vectors = np.empty((len(rows), config.dimension), np.float32)
+        share = queue.share(free, choice.lanes)
+        for done in [pool.submit(run_lane, queue, share, vectors) for _ in range(choice.lanes)]:
+            done.result()
+        return normalize(vectors)
 
     return encode
 

@@ -3,7 +3,7 @@
     python -m benchmarks.soak [--minutes 20]
 
 Rounds of load with a rest after each, in which no client is there; memory, descriptors and threads of the whole process tree are
-read in the rests. Exits with 1 when memory has grown by 2 % after the warm-up, or there are never again as few descriptors or threads.
+read in the rests. Exits with 1 when memory has grown by 2 % after the warm-up, or descriptors or threads never are as few again.
 """
 
 import argparse

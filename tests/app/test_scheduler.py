@@ -32,6 +32,10 @@ class PuppetEngine:
         return sum(not answer.done() for _, _, answer in self.batches)
 
     @property
+    def lanes(self):
+        return self.depth
+
+    @property
     def busy(self):
         return self.out > 0
 
@@ -105,6 +109,32 @@ async def test_waiting_rows_are_shared_out_among_lanes_unless_they_are_few():
     assert firsts(await few) == [1, 2]
     assert firsts(await many) == [*range(8)]
     assert firsts(await late) == [9]
+
+
+async def test_the_last_rows_of_a_list_are_shared_out_among_all_lanes_where_there_are_enough():
+    engine, scheduler = make(PuppetEngine(depth=2), max_batch_tokens=1000, max_queue_tokens=10_000)
+    jobs = [submit(scheduler, *([n] * 500 for n in range(6)))]
+    await turns()
+    while not jobs[0].done():
+        await engine.answer()
+    assert [len(rows) for _, rows, _ in engine.batches] == [2, 2, 1, 1]
+    running = submit(scheduler, [7] * 600, [8] * 600)
+    await turns()
+    few = submit(scheduler, *([n] * 100 for n in range(5)))
+    await turns()
+    await engine.answer()
+    assert len(engine.last) == 5
+    for job in (running, few):
+        job.cancel()
+
+
+async def test_waiting_rows_are_shared_out_among_engines():
+    engines = [PuppetEngine(), PuppetEngine()]
+    scheduler = Scheduler(engines, Metrics(), max_batch_tokens=1000, max_queue_tokens=10_000)
+    job = submit(scheduler, *([n] * 100 for n in range(8)))
+    await turns()
+    assert [[len(rows) for _, rows, _ in engine.batches] for engine in engines] == [[4], [4]]
+    job.cancel()
 
 
 async def test_between_the_answers_of_a_large_batch_others_are_heard():
