@@ -3,7 +3,7 @@
     python -m benchmarks.soak [--minutes 20]
 
 Rounds of load with a rest after each, in which no client is there; memory, descriptors and threads of the whole process tree are
-read in the rests. Exits with 1 when memory has grown by 2 % after the warm-up, or descriptors or threads never are as few again.
+read in the rests. Exits with 1 when memory has grown by 2 % after the warm-up, or descriptors or threads by one.
 """
 
 import argparse
@@ -114,10 +114,10 @@ def verdict(readings: list[Reading]) -> list[str]:
     print(f"memory {before:.0f} MiB after the warm-up, {after:.0f} MiB at the end: {after / before - 1:+.1%}")
     if after > before * _MOST_GROWTH:
         grown.append("memory")
-    for name in ("descriptors", "threads"):  # threads of pools come with the load and go when they are idle
-        most, least = max(getattr(reading, name) for reading in first), min(getattr(reading, name) for reading in last)
-        print(f"{name} at most {most} after the warm-up, at least {least} at the end")
-        if least > most:
+    for name in ("descriptors", "threads"):
+        least, most = (min(getattr(reading, name) for reading in its) for its in (first, last))
+        print(f"{name} {least} after the warm-up, {most} at the end")
+        if most > least:
             grown.append(name)
     return grown
 
