@@ -20,8 +20,9 @@ from app.errors import HeadTooLarge, MalformedRequest, NotReady, RequestTimeout,
 _HEAD_BYTES = 2**16  # of a request line and headers, with the trailers of its body
 _HEADERS = 100
 _PIPELINED = 16  # requests that may wait on a connection for the answer to the one before
-_LINGER_SECONDS = 2.0  # for a client to read a refusal before its connection is cut, or to ask above the limit,
+_LINGER_SECONDS = 2.0  # for a client to read a refusal before its connection is cut,
 _LINGER_BYTES = 2**20  # and what it may send meanwhile
+_ABOVE_LIMIT_SECONDS = 2.0  # for a client above the limit of connections to ask
 ABOVE_LIMIT = 64  # connections that are heard above the limit: probes are answered, others told so; more are cut without a word
 
 _CODING = b"transfer-encoding"
@@ -249,7 +250,7 @@ class Connection(HttpToolsProtocol):
 
     def _patience(self, wait: Wait) -> float:
         if wait in ("start", "head"):
-            return min(self.wire.header_timeout, _LINGER_SECONDS) if self._above_limit else self.wire.header_timeout
+            return min(self.wire.header_timeout, _ABOVE_LIMIT_SECONDS) if self._above_limit else self.wire.header_timeout
         if wait == "next":
             return self.timeout_keep_alive
         return _LINGER_SECONDS if wait == "linger" else self.wire.body_timeout
