@@ -1,7 +1,10 @@
 """HTTP as bytes over sockets of our own: what no client library would send, and when."""
 
+import gc
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import httptools
@@ -47,6 +50,17 @@ class Reader:
     def on_message_complete(self) -> None:
         if self.answers:
             self.answers[-1].whole = True
+
+
+@contextmanager
+def promptness() -> Iterator[None]:
+    """No client of a test is late by itself: a look of the garbage collector at all objects of a whole suite takes half a
+    second, and there are servers here that wait for less."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def connect(server, **options) -> socket.socket:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from hostile_requests import CLIENT_TEXT, FAMILIES, MAX_BODY, SCHEMA, TEXT, VALID, Case
-from raw_http import SECONDS, Answer, connect, descriptors, exchange
+from raw_http import SECONDS, Answer, connect, descriptors, exchange, promptness
 from servers import RunningServer, running_server, until
 
 pytestmark = pytest.mark.system
@@ -43,7 +43,8 @@ def play(server: RunningServer, case: Case) -> Outcome:
 def hurried(make_checkpoint, tmp_path_factory) -> Iterator[RunningServer]:
     """A server that waits for its clients for a moment only. Its exit code tells of a request that never ended."""
     options = {"header_timeout": 0.4, "body_timeout": 0.4, "max_body_bytes": MAX_BODY, "grace_period": 15}
-    with running_server(model=make_checkpoint(), data_dir=tmp_path_factory.mktemp("data"), **options) as server:
+    data_dir = tmp_path_factory.mktemp("data")
+    with promptness(), running_server(model=make_checkpoint(), data_dir=data_dir, **options) as server:
         yield server
 
 

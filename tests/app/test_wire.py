@@ -14,7 +14,7 @@ import threading
 import time
 
 import pytest
-from raw_http import Reader, connect, descriptors, exchange, read, request
+from raw_http import Reader, connect, descriptors, exchange, promptness, read, request
 from servers import running_server, until
 
 from app.wire import ABOVE_LIMIT
@@ -31,7 +31,7 @@ CHUNKED = b"POST /embed HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n"
 def wired(make_checkpoint):
     """Hurried with its clients. A task that is left over would keep it from its exit code 0."""
     limits = {"header_timeout": 0.4, "body_timeout": 0.4, "max_connections": CONNECTIONS, "max_body_bytes": 200_000}
-    with running_server(model=make_checkpoint(), grace_period=15, **limits) as server:
+    with promptness(), running_server(model=make_checkpoint(), grace_period=15, **limits) as server:
         yield server
 
 
@@ -90,7 +90,7 @@ def test_a_body_that_does_not_end_is_answered_408(tidy, piece):
 
 
 def test_the_rest_of_a_body_that_was_answered_before_its_end_is_not_waited_for(make_checkpoint):
-    with running_server(model=make_checkpoint(), body_timeout=0.4, api_key="sesame") as server:
+    with promptness(), running_server(model=make_checkpoint(), body_timeout=0.4, api_key="sesame") as server:
         assert [answer.status for answer in exchange(server, request("/embed", TEXT)[:-1])] == [401]
         with connect(server) as connection:  # one that comes in time belongs to that request, and another may follow
             connection.sendall(request("/embed", TEXT)[:-1])
