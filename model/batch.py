@@ -73,13 +73,16 @@ class Batch:
 
 
 def pack(rows: Sequence[Tokens]) -> Batch:
-    """Lay rows end to end, in the order given."""
+    """Lay rows end to end, in the order given. Raises ValueError where they have not as many segments as tokens."""
     lengths = np.fromiter((len(row) for row in rows), dtype=np.int64, count=len(rows))
     ends = np.cumsum(lengths)
     starts = ends - lengths
+    types = np.concatenate([row.types for row in rows], dtype=np.int64)
+    if len(types) != ends[-1]:
+        raise ValueError(f"{len(types)} segments for {ends[-1]} tokens; wanted one for each")
     return Batch(
         input_ids=torch.from_numpy(np.concatenate([row.ids for row in rows], dtype=np.int64)),
-        type_ids=torch.from_numpy(np.concatenate([row.types for row in rows], dtype=np.int64)),
+        type_ids=torch.from_numpy(types),
         positions=torch.from_numpy(np.arange(ends[-1]) - np.repeat(starts, lengths)),
         cu_seqlens=torch.from_numpy(np.concatenate(([0], ends), dtype=np.int32)),
         cu_texts=torch.arange(len(rows) + 1, dtype=torch.int32),

@@ -1,4 +1,4 @@
-"""The compiled kernels, and what kernels.c has of them: attention on packed rows, and LayerNorm of a sum, in one pass each.
+"""The compiled kernels, and what kernels.c has of them: embeddings, attention on packed rows, LayerNorm of a sum.
 
 They are built with the package where there is a C compiler, and run where the processor has AVX-512. `attend_sdpa` and
 torch's LayerNorm stand in elsewhere, and judge them in the tests.
@@ -6,19 +6,22 @@ torch's LayerNorm stand in elsewhere, and judge them in the tests.
 
 import ctypes
 import importlib.util
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
 
 from model.batch import Batch
-from model.bert import AddNorm, Bert
+from model.bert import AddNorm, Bert, Embeddings
 from model.config import BertConfig
+from model.scratch import Place, Scratch, fresh
 
 LANES = 16  # numbers in a vector; sizes must be multiples of it
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 FEATURES = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}  # bits of what features() returns
 HAS_AMX = 8
+
+_BAD_INDEX = -3  # vectors.h
 
 
 @cache
@@ -34,11 +37,12 @@ def library() -> ctypes.CDLL | None:
     for suffix in SUFFIX.values():
         getattr(found, f"attend_{suffix}").argtypes = [pointer] * 4 + [size] * 3 + [pointer] * 2 + [size] * 3
         getattr(found, f"add_layer_norm_{suffix}").argtypes = [pointer] * 5 + [size] * 2 + [ctypes.c_float]
+        getattr(found, f"embed_{suffix}").argtypes = [pointer, size] * 3 + [pointer] * 6 + [size] * 2 + [ctypes.c_float]
         getattr(found, f"linear_{suffix}").argtypes = [pointer] * 4 + [size] * 3 + [ctypes.c_int]
         getattr(found, f"linear_int8_{suffix}").argtypes = [pointer] * 6 + [size] * 3 + [ctypes.c_int, pointer]
     found.pack_int8.argtypes = [pointer] * 4 + [size] * 2
-    for name in ("int8_packed_size", "int8_workspace_size"):
-        getattr(found, name).argtypes, getattr(found, name).restype = [size] * 2, size
+    found.int8_packed_size.argtypes, found.int8_packed_size.restype = [size] * 2, size
+    found.int8_workspace_width.argtypes, found.int8_workspace_width.restype = [size], size
     return found
 
 
@@ -60,9 +64,9 @@ def has_amx() -> bool:
     return found is not None and bool(found.features() & HAS_AMX)
 
 
-def attend_compiled(q: Tensor, k: Tensor, v: Tensor, batch: Batch, heads: int) -> Tensor:
+def attend_compiled(q: Tensor, k: Tensor, v: Tensor, batch: Batch, heads: int, place: Place = fresh) -> Tensor:
     """Attention per text and head with a plain softmax, from the views in place; bit-equal in any batch."""
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out = place(q.shape[0], q.shape[1], q.dtype)
     attend = getattr(library(), f"attend_{SUFFIX[q.dtype]}")
     cu_queries = batch.cu_seqlens if len(q) == len(k) else batch.cu_texts
     pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
@@ -72,31 +76,63 @@ def attend_compiled(q: Tensor, k: Tensor, v: Tensor, batch: Batch, heads: int) -
     return out
 
 
+class CompiledEmbeddings(nn.Module):
+    """Embeddings in one pass over memory: LayerNorm of token + segment + position, with the sum never rounded: [T, H].
+
+    Raises IndexError where a token is in none of the tables.
+    """
+
+    def __init__(self, embeddings: nn.Module, place: Place = fresh) -> None:
+        super().__init__()
+        assert isinstance(embeddings, Embeddings)
+        self.place = place
+        self.tables = [table.weight for table in (embeddings.token, embeddings.segment, embeddings.position)]
+        self.norm = embeddings.norm
+        self._embed = getattr(library(), f"embed_{SUFFIX[embeddings.norm.weight.dtype]}")
+
+    def forward(self, batch: Batch) -> Tensor:
+        weight, bias = self.norm.weight, self.norm.bias
+        out = self.place(len(batch.input_ids), len(weight), weight.dtype)
+        tables = [number for table in self.tables for number in (table.data_ptr(), len(table))]
+        pointers = (t.data_ptr() for t in (batch.input_ids, batch.type_ids, batch.positions, weight, bias, out))
+        check(self._embed(*tables, *pointers, *out.shape, self.norm.eps))
+        return out
+
+
 class CompiledAddNorm(nn.Module):
     """AddNorm in one pass over memory: LayerNorm of x + residual, both [T, H], with the sum never rounded."""
 
-    def __init__(self, norm: nn.Module) -> None:
+    def __init__(self, norm: nn.Module, place: Place = fresh) -> None:
         super().__init__()
         assert isinstance(norm, AddNorm)
+        self.place = place
         self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
         self._add_layer_norm = getattr(library(), f"add_layer_norm_{SUFFIX[norm.weight.dtype]}")
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        out = torch.empty_like(x)
+        out = self.place(x.shape[0], x.shape[1], x.dtype)
         pointers = (t.data_ptr() for t in (x, residual, self.weight, self.bias, out))
         check(self._add_layer_norm(*pointers, *x.shape, self.eps))
         return out
 
 
 def replace_kernels(bert: Bert) -> None:
-    """Swap attention and every AddNorm of the encoder's layers for the compiled ones."""
+    """Swap the embeddings, and attention and every AddNorm of the encoder's layers, for the compiled ones.
+
+    The hidden rows stay in one place through all layers: LayerNorm may write where it has read. Those of the last layer are
+    the caller's.
+    """
+    attend, hidden = partial(attend_compiled, place=Scratch()), Scratch()
+    bert.embeddings = CompiledEmbeddings(bert.embeddings, hidden)
     for layer in bert.layers:
-        layer.attention.attend = attend_compiled
-        layer.attention_norm = CompiledAddNorm(layer.attention_norm)
-        layer.feed_forward_norm = CompiledAddNorm(layer.feed_forward_norm)
+        layer.attention.attend = attend
+        layer.attention_norm = CompiledAddNorm(layer.attention_norm, hidden)
+        layer.feed_forward_norm = CompiledAddNorm(layer.feed_forward_norm, fresh if layer is bert.layers[-1] else hidden)
 
 
 def check(status: int) -> None:
-    """Negative for sizes that `runs` should have refused, or for memory that is not there."""
+    """Negative for sizes that `runs` should have refused, for memory that is not there, or for an index of no table's row."""
+    if status == _BAD_INDEX:
+        raise IndexError("a token id, segment or position is outside its table")
     if status:
         raise MemoryError(f"a compiled kernel failed with status {status}")

@@ -49,7 +49,7 @@ INLINE long row_stride(long in) { return blocks_of(in, LINE) * LINE + LINE; }
 
 /* Sizes in bytes of a packed weight [out, in], and of the workspace of a call with x [rows, in]. */
 long int8_packed_size(long out, long in) { return out * blocks_of(in, WORD) * WORD; }
-long int8_workspace_size(long rows, long in) { return rows * (row_stride(in) + (long)sizeof(quantisation)); }
+long int8_workspace_width(long in) { return row_stride(in) + (long)sizeof(quantisation); }
 
 /* Quantises weight [out, in] to whole multiples of scales [out] between -127 and 127, and packs them as
  * [out / 16][in / 4][16][4], with zeros after the last column: VPDPBUSD multiplies 16 channels by four columns.
@@ -235,7 +235,7 @@ static status linear(layer l, void *workspace)
 }
 
 /* y [rows, out] = activation(x [rows, in] w^T + bias [out]), with the results of pack_int8 for w [out, in]; all are
- * contiguous. activation: 0 none, 1 GELU (the one with erf), 2 ReLU. workspace: int8_workspace_size(rows, in) bytes of
+ * contiguous. activation: 0 none, 1 GELU (the one with erf), 2 ReLU. workspace: int8_workspace_width(in) bytes a row, of
  * any content, best on a cache line, of this call's own. Returns 0 or a negative status. */
 int linear_int8_f32(const float *x, const int8_t *packed, const float *scales, const int32_t *sums, const float *bias,
                     float *y, long rows, long in, long out, int activation, void *workspace)

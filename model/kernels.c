@@ -373,18 +373,50 @@ int add_layer_norm_bf16(const uint16_t *x, const uint16_t *residual, const uint1
     return WORK_OK;
 }
 
-/* out [rows, hidden] = LayerNorm(words[ids] + segments[types] + positions[places]), from three float32 tables of
- * `hidden` columns; the ids are not checked. Returns 0 or a negative status. */
-int embed_layer_norm_f32(const float *words, const float *segments, const float *positions, const int64_t *ids,
-                         const int64_t *types, const int64_t *places, const float *weight, const float *bias,
-                         float *out, long rows, long hidden, float eps)
+/* Three tables of `hidden` columns, with so many rows each. */
+typedef struct {
+    const void *table[3];
+    long count[3];
+} tables;
+
+/* indices [3][rows]: the row of each table that a token has. */
+INLINE int embed(tables from, const int64_t *const indices[3], const void *weight, const void *bias, void *out, long rows,
+                 long hidden, float eps, bool bf16)
 {
     if (hidden <= 0 || hidden % LANES)
         return BAD_SHAPE;
+    for (int t = 0; t < 3; t++)
+        for (long r = 0; r < rows; r++)
+            if (indices[t][r] < 0 || indices[t][r] >= from.count[t])
+                return BAD_INDEX;
+    const long bytes = hidden * (bf16 ? sizeof(uint16_t) : sizeof(float));
 #pragma omp parallel for schedule(static) if (rows * hidden > SERIAL_NUMBERS)
-    for (long r = 0; r < rows; r++)
-        normalise_row(words + ids[r] * hidden, segments + types[r] * hidden, positions + places[r] * hidden,
-                      weight, bias, out + r * hidden, hidden, eps, false);
+    for (long r = 0; r < rows; r++) {
+        const char *row[3];
+        for (int t = 0; t < 3; t++)
+            row[t] = (const char *)from.table[t] + indices[t][r] * bytes;
+        normalise_row(row[0], row[1], row[2], weight, bias, (char *)out + r * bytes, hidden, eps, bf16);
+    }
     return WORK_OK;
+}
+
+/* out [rows, hidden] = LayerNorm(words[ids] + segments[types] + positions[places]), from tables of so many rows as follow
+ * them and `hidden` columns; hidden is a multiple of 16. Returns 0 or a negative status: BAD_INDEX where there is no such row. */
+int embed_f32(const float *words, long word_count, const float *segments, long segment_count, const float *positions,
+              long position_count, const int64_t *ids, const int64_t *types, const int64_t *places, const float *weight,
+              const float *bias, float *out, long rows, long hidden, float eps)
+{
+    return embed((tables){ { words, segments, positions }, { word_count, segment_count, position_count } },
+                 (const int64_t *const[3]){ ids, types, places }, weight, bias, out, rows, hidden, eps, false);
+}
+
+/* The same in bfloat16, with the sum and the statistics in float32. */
+int embed_bf16(const uint16_t *words, long word_count, const uint16_t *segments, long segment_count,
+               const uint16_t *positions, long position_count, const int64_t *ids, const int64_t *types,
+               const int64_t *places, const uint16_t *weight, const uint16_t *bias, uint16_t *out, long rows, long hidden,
+               float eps)
+{
+    return embed((tables){ { words, segments, positions }, { word_count, segment_count, position_count } },
+                 (const int64_t *const[3]){ ids, types, places }, weight, bias, out, rows, hidden, eps, true);
 }
 #endif

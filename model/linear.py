@@ -1,6 +1,8 @@
 """Linear layers for the machine at hand, swapped in after loading, so that the encoder never hears of them."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +11,7 @@ from torch.nn import functional as F
 from model import compiled
 from model.bert import ACTIVATIONS, Bert, FeedForward, Layer
 from model.config import BertConfig
+from model.scratch import Place, Scratch, fresh
 
 _PACKED_FOR_ROWS = 1024  # the batch that oneDNN lays the weights out for; others run on the same layout
 
@@ -42,9 +45,10 @@ class CompiledLinear(nn.Module):
     A row's result is bit-equal in any batch, and on any number of threads.
     """
 
-    def __init__(self, linear: nn.Module, activation: int = 0) -> None:
+    def __init__(self, linear: nn.Module, activation: int = 0, place: Place = fresh) -> None:
         super().__init__()
         assert isinstance(linear, nn.Linear)
+        self.place = place
         weight = linear.weight.detach().contiguous()
         self.columns, self.activation = len(weight), activation
         self.panels = _panels(weight.view(torch.int32))
@@ -52,7 +56,7 @@ class CompiledLinear(nn.Module):
         self._linear = getattr(compiled.library(), f"linear_{compiled.SUFFIX[weight.dtype]}")
 
     def forward(self, x: Tensor) -> Tensor:
-        y = torch.empty(len(x), self.columns, dtype=x.dtype)
+        y = self.place(len(x), self.columns, x.dtype)
         pointers = (x.data_ptr(), self.panels.data_ptr(), self.bias.data_ptr(), y.data_ptr())
         compiled.check(self._linear(*pointers, *x.shape, self.columns, self.activation))
         return y
@@ -69,11 +73,14 @@ class Int8Linear(nn.Module):
     A row's result is bit-equal in any batch: no other row has a part in its scale.
     """
 
-    def __init__(self, linear: nn.Module, activation: int = 0) -> None:
+    workspace: ClassVar = Scratch()  # nothing of it outlives a call
+
+    def __init__(self, linear: nn.Module, activation: int = 0, place: Place = fresh) -> None:
         super().__init__()
         assert isinstance(linear, nn.Linear)
         library = compiled.library()
         assert library is not None
+        self.place = place
         self.library, self.activation = library, activation
         self.sizes = linear.out_features, linear.in_features
         self.packed = torch.empty(library.int8_packed_size(*self.sizes), dtype=torch.int8)
@@ -86,8 +93,8 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         columns, inner = self.sizes
-        y = torch.empty(len(x), columns, dtype=x.dtype)
-        workspace = torch.empty(self.library.int8_workspace_size(len(x), inner), dtype=torch.uint8)
+        y = self.place(len(x), columns, x.dtype)
+        workspace = self.workspace(len(x), self.library.int8_workspace_width(inner), torch.uint8)
         linear = getattr(self.library, f"linear_int8_{compiled.SUFFIX[x.dtype]}")
         weights = (self.packed.data_ptr(), self.scales.data_ptr(), self.sums.data_ptr(), self.bias.data_ptr())
         sizes = (len(x), inner, columns)
@@ -121,15 +128,21 @@ def replace_linears(bert: Bert) -> None:
     """Swap every linear layer of the encoder's layers for one of oneDNN; an activation moves into the first of two."""
     for layer in bert.layers:
         name, algorithm, _ = _take_activation(layer.feed_forward, _FUSED)
-        _swap(layer, PackedLinear, PackedLinear(layer.feed_forward.up, name, algorithm))
+        _swap(layer, PackedLinear, PackedLinear, PackedLinear(layer.feed_forward.up, name, algorithm))
 
 
 def replace_linears_by(kind: type[CompiledLinear] | type[Int8Linear], bert: Bert) -> None:
-    """Swap every linear layer of the encoder's layers for one of ours; an activation that it knows moves into it."""
+    """Swap every linear layer of the encoder's layers for one of ours; an activation that it knows moves into it.
+
+    A layer reads what it has computed once, so that the next may overwrite it: attention has read the product of queries,
+    keys and values before the feed-forward is computed, and LayerNorm the output of one sublayer before that of the other.
+    """
+    inner, outer = Scratch(), Scratch()
     known = {function: fused for function, fused in _FUSED.items() if fused[2] is not None}
     for layer in bert.layers:
         _, _, number = _take_activation(layer.feed_forward, known)
-        _swap(layer, kind, kind(layer.feed_forward.up, number or 0))
+        up = kind(layer.feed_forward.up, number or 0, inner)
+        _swap(layer, partial(kind, place=inner), partial(kind, place=outer), up)
 
 
 Fused = tuple[str, str, int | None]
@@ -143,11 +156,11 @@ def _take_activation(feed_forward: FeedForward, known: Mapping[Callable[[Tensor]
     return fused or _NONE
 
 
-def _swap(layer: Layer, kind: Callable[[nn.Module], nn.Module], up: nn.Module) -> None:
-    layer.attention.qkv = kind(layer.attention.qkv)
-    layer.attention.output = kind(layer.attention.output)
+def _swap(layer: Layer, inner: Callable[[nn.Module], nn.Module], outer: Callable[[nn.Module], nn.Module], up: nn.Module) -> None:
+    layer.attention.qkv = inner(layer.attention.qkv)
+    layer.attention.output = outer(layer.attention.output)
     layer.feed_forward.up = up
-    layer.feed_forward.down = kind(layer.feed_forward.down)
+    layer.feed_forward.down = outer(layer.feed_forward.down)
 
 
 def _identity(x: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ enum {
     LINE = 64,  /* bytes in a cache line */
 };
 
-typedef enum { WORK_OK = 0, BAD_SHAPE = -1, OUT_OF_MEMORY = -2 } status;
+typedef enum { WORK_OK = 0, BAD_SHAPE = -1, OUT_OF_MEMORY = -2, BAD_INDEX = -3 } status;
 typedef enum { NO_ACTIVATION = 0, GELU = 1, RELU = 2 } activation;
 
 INLINE long at_most(long a, long b) { return a < b ? a : b; }

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 LEVELS = {
     "model": [
-        {"errors", "tokens", "vectors", "chunks", "cgroup", "excerpts"},
+        {"errors", "tokens", "vectors", "chunks", "cgroup", "excerpts", "scratch"},
         {"config"},
         {"batch", "hub", "checkpoint", "tokenizer", "windows"},
         {"attention", "pooling"},

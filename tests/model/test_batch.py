@@ -36,3 +36,8 @@ def test_boundaries_and_runs_say_the_same(lengths: list[int]) -> None:
 @pytest.mark.parametrize(("lengths", "order"), [([1, 3, 2, 3], [1, 3, 2, 0]), ([4], [0]), ([2, 2, 2], [0, 1, 2])])
 def test_longest_first(lengths: list[int], order: list[int]) -> None:
     assert by_length([Tokens.of([0] * length) for length in lengths]).tolist() == order
+
+
+def test_each_token_has_a_segment() -> None:
+    with pytest.raises(ValueError, match="3 segments for 2 tokens"):
+        pack([Tokens.of([1, 2], [0, 0, 0])])

@@ -5,12 +5,13 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from reference import random_rows
 from torch import Tensor
 
 from model import compiled
 from model.attention import attend_reference
 from model.batch import Batch, pack
-from model.bert import AddNorm
+from model.bert import AddNorm, Embeddings
 from model.config import BertConfig
 from model.tokens import Tokens
 
@@ -86,6 +87,33 @@ def test_layer_norm_equals_torch(dtype: torch.dtype, near: float, rows: int, hid
         wanted = torch.nn.functional.layer_norm(summed, (hidden,), norm.weight.float(), norm.bias.float(), 1e-12)
     assert ours.dtype == dtype
     torch.testing.assert_close(ours.float(), wanted, rtol=near, atol=near)
+
+
+def random_embeddings(hidden: int) -> Embeddings:
+    """Of 50 tokens, 2 segments and 40 positions."""
+    embeddings = Embeddings(BertConfig(vocab_size=50, hidden_size=hidden, num_attention_heads=1, max_position_embeddings=40))
+    torch.manual_seed(0)
+    for parameter in embeddings.parameters():
+        parameter.detach().normal_()
+    return embeddings.requires_grad_(False)
+
+
+@DTYPES
+@pytest.mark.parametrize(("lengths", "hidden"), [((1,), 16), ((7, 1, 40), 384), ((40,) * 20, 1024)])
+def test_embeddings_equal_torch(dtype: torch.dtype, near: float, lengths: tuple[int, ...], hidden: int) -> None:
+    batch = pack(random_rows(lengths, vocab_size=50, segments=2))
+    embeddings = random_embeddings(hidden).to(dtype)
+    ours = compiled.CompiledEmbeddings(embeddings)(batch)
+    assert ours.dtype == dtype
+    torch.testing.assert_close(ours.float(), embeddings.float()(batch), rtol=near, atol=near)
+
+
+@pytest.mark.parametrize(("field", "index"), [("input_ids", 50), ("type_ids", 2), ("positions", 40), ("input_ids", -1)])
+def test_an_index_outside_its_table_is_refused(field: str, index: int) -> None:
+    batch = batch_of(9)
+    getattr(batch, field)[4] = index
+    with pytest.raises(IndexError, match="outside its table"):
+        compiled.CompiledEmbeddings(random_embeddings(32))(batch)
 
 
 @pytest.mark.parametrize(("hidden", "heads"), [(24, 1), (96, 12), (40, 5)])

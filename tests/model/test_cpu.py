@@ -1,6 +1,7 @@
 """The runner: a text gives the same vector alone and in any batch, and no text sees another."""
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,25 @@ def test_to_the_last_bit_on_our_own_kernels(minilm: Path, dtype: torch.dtype) ->
     rows = random_rows((256, 7, 33, 1, 100, 2, 33))
     for row, hidden in zip(rows, runner.hidden(rows), strict=True):
         assert np.array_equal(hidden, runner.hidden([row])[0])
+
+
+def test_what_a_batch_gave_stays_while_others_run(runner: CpuRunner) -> None:
+    rows, others = random_rows(LENGTHS), random_rows(LENGTHS[::-1], seed=5)
+    given = [runner.hidden(rows), *(runner(rows, pooling) for pooling in POOLING_MODES)]
+    before = [np.concatenate(each) for each in given]
+    for _ in range(2):
+        runner.hidden(others)
+    for each, was in zip(given, before, strict=True):
+        assert np.array_equal(np.concatenate(each), was)
+
+
+def test_lanes_do_not_meet(runner: CpuRunner) -> None:
+    """Batches of two threads at once give what they give one after the other."""
+    batches = [random_rows(LENGTHS[seed:], seed=seed) for seed in range(8)] * 5
+    with ThreadPoolExecutor(runner.lanes) as pool:
+        together = list(pool.map(runner.hidden, batches))
+    for batch, hidden in zip(batches, together, strict=True):
+        assert all(map(np.array_equal, hidden, runner.hidden(batch)))
 
 
 def test_minilm_alone_and_batched(minilm: Path) -> None:
