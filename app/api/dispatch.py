@@ -3,7 +3,9 @@
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Response
-from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError
+from pydantic import BaseModel, Discriminator, Field, GetJsonSchemaHandler, Tag, TypeAdapter, ValidationError
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from app.api import rerank, tei, tei_bodies
 from app.api.answers import Accepted
@@ -21,7 +23,29 @@ RerankRequest = Annotated[
     Annotated[tei_bodies.RerankRequest, Tag("of TEI")] | Annotated[rerank.DocumentsRequest, Tag("of Cohere")],
     Discriminator(lambda body: "of Cohere" if isinstance(body, dict) and "documents" in body else "of TEI"),
 ]
-Body = Annotated[dict[str, Any], Field(examples=[{"inputs": ["hello"]}])]
+
+
+class _OneOf:
+    """Documents an object as one of several models, of which the model that is served decides which it must be."""
+
+    def __init__(self, union: Any) -> None:
+        self._union = union
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return handler(TypeAdapter(self._union).core_schema)
+
+
+Body = Annotated[
+    dict[str, Any],
+    _OneOf(
+        tei_bodies.EmbedRequest
+        | tei_bodies.SimilarityRequest
+        | tei_bodies.EmbedSparseRequest
+        | tei_bodies.PredictRequest
+        | tei_bodies.RerankRequest
+    ),
+    Field(examples=[{"inputs": ["hello"]}]),
+]
 Ranked = list[tei_bodies.Rank | tei_bodies.Unranked] | tei_bodies.Ranks
 Answer = (
     tei_bodies.Vectors

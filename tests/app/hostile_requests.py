@@ -156,7 +156,7 @@ def schema_of(route: str) -> Any:
 
 def wrong_values_in_every_field() -> Iterator[Case]:
     for route, body in VALID.items():
-        for name in sorted(fields_of(schema_of(route)) or fields_of(schema_of("POST /embed"))):
+        for name in sorted(fields_of(schema_of(route))):
             rest = json.dumps({key: value for key, value in body.items() if key != name})[1:-1]
             for value in VALUES:
                 content = f'{{"{name}": {value}{", " + rest if rest else ""}}}'

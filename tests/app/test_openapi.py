@@ -162,13 +162,24 @@ def check_answer(response: httpx.Response, path: str, method: str = "POST") -> N
     assert str(response.status_code) in PAGE["paths"][path][method.lower()]["responses"]
 
 
+BEHIND = {"embedder": "/embed", "classifier": "/predict", "reranker": "/rerank", "sparse": "/embed_sparse"}
+"""What POST / stands for."""
+
+
+def bodies_of(kind: str, path: str) -> list[Any]:
+    """The examples of a route that a model of that kind answers."""
+    if path in ("/", "/invocations"):
+        return [body for body in examples_of(BEHIND[kind]) if "documents" not in body]
+    return [body for body in examples_of(path) if path != "/classify" or ("labels" in body) == (kind == "embedder")]
+
+
 QUERIES = ("", "details=true", "partial=true", "details=true&partial=true")
 
 
 @pytest.mark.parametrize(("kind", "path"), [(kind, path) for kind in KINDS for path in paths_of(kind)])
 def test_every_example_is_answered_in_every_documented_way(kind: str, path: str, request: pytest.FixtureRequest) -> None:
     client = request.getfixturevalue(kind).client
-    bodies = [body for body in examples_of(path) if path != "/classify" or ("labels" in body) == (kind == "embedder")]
+    bodies = bodies_of(kind, path)
     assert bodies
     for body in bodies:
         for query in QUERIES:
