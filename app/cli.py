@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from app import logs
+from app.memory import keep_memory_small
 from app.settings import Settings, SettingsError
 from app.texts import WRITERS, TextsError, read_texts
 
@@ -40,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _terminate)
     try:
         settings = Settings.read(os.environ, {name: value for name, value in flags.items() if value is not None})
+        keep_memory_small()  # before there is a second thread
         logs.set_up(settings.log_level, settings.log_format)
         os.environ.update(_NO_TELEMETRY)
         command(settings, **options)
@@ -64,14 +66,13 @@ def serve(settings: Settings) -> None:
     from app.auth import Keys
     from app.info import info_of
     from app.main import counted_refusal, create_app
-    from app.memory import keep_memory_small, pass_over_what_stays
+    from app.memory import pass_over_what_stays
     from app.record import PROBES
     from app.server import Server, connection_limit
     from app.serving import Serving, running_serving
     from app.traces import open_tracer
     from app.wire import Wire
 
-    keep_memory_small()
     Keys(settings)  # a file without keys is refused before the model is loaded
     limit = connection_limit(settings.max_connections)
 
