@@ -29,6 +29,7 @@ from model.tokens import Tokens
 from model.vectors import FloatArray, nonzero
 
 _BEAT_SECONDS = 0.25  # between two signs of life of a batch
+_BRIEF = 64  # tokens of a batch that is done before another lane or process would be of use
 _NICENESS = 5  # the API process is to be heard at once: it has little to do, and a batch takes as long as a hundred refusals
 
 
@@ -70,31 +71,35 @@ class _Lanes:
 
     def run(self) -> None:
         """Answer batches until the other side is gone."""
-        from model.runner import use_threads
-
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # nobody waits for answers
             while (batch := self._next()) is not None:
-                self._current.number, self._current.told = batch.head["number"], time.monotonic()
-                use_threads(self._threads if batch.head["alone"] else self._share)
                 self._answer(batch)
 
     def on_layer(self, last: bool) -> None:
         """Tell the keeper that the lane's batch comes to its end, or now and then that it is alive."""
-        now = time.monotonic()
-        if last or now - self._current.told > _BEAT_SECONDS:
+        now, ending = time.monotonic(), last and not self._current.brief
+        if ending or now - self._current.told > _BEAT_SECONDS:
             self._current.told = now
-            self._send({"number": self._current.number, "ending": last})
+            self._send({"number": self._current.number, "ending": ending})
 
     def _next(self) -> Frame | None:
+        """The next batch, once the brief ones before it have run: to wake another lane meanwhile, or the other side, would only
+        take their cores away."""
         with self._reading:
-            return frames.receive(self._sock)
+            while (batch := frames.receive(self._sock)) is not None and _is_brief(batch):
+                self._answer(batch)
+            return batch
 
     def _send(self, head: dict[str, Any], arrays: Sequence[np.ndarray] = ()) -> None:
         with self._writing:
             frames.send(self._sock, head, arrays)
 
     def _answer(self, batch: Frame) -> None:
+        from model.runner import use_threads
+
         number, task = batch.head["number"], batch.head["task"]
+        self._current.number, self._current.told, self._current.brief = number, time.monotonic(), _is_brief(batch)
+        use_threads(self._threads if batch.head["alone"] else self._share)
         try:
             arrays = _run(self._runner, task, _rows(*batch.arrays))
         except Exception as error:  # whatever a batch does, the engine lives on; the API process decides about its rows
@@ -120,6 +125,12 @@ def _run(runner: Any, task: str, rows: list[Tokens]) -> list[FloatArray]:
         return matrices
     answer: FloatArray = runner(rows, task)
     return nonzero(answer) if task == SPARSE else [answer]
+
+
+def _is_brief(batch: Frame) -> bool:
+    """Whether a batch has all threads, and is done before anything else could be."""
+    _, ids, _ = batch.arrays
+    return batch.head["alone"] and len(ids) <= _BRIEF
 
 
 def _rows(lengths: np.ndarray, ids: np.ndarray, types: np.ndarray) -> list[Tokens]:

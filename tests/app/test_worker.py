@@ -1,0 +1,73 @@
+"""The lanes of an engine process, on a runner that only tells who runs what."""
+
+import socket
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from app import frames
+from app.worker import _BRIEF, _Lanes
+from model.tokens import Tokens
+
+
+class Runner:
+    """Gives each batch the number of its lane; batches of the task "meet" wait for each other."""
+
+    def __init__(self) -> None:
+        self.lanes: SimpleNamespace | None = None
+        self.meeting = threading.Barrier(2, timeout=30)
+
+    def __call__(self, rows: list[Tokens], task: str) -> np.ndarray:
+        if task == "meet":
+            self.meeting.wait()
+        self.lanes.on_layer(last=True)
+        return np.full((len(rows), 1), threading.get_ident(), dtype=np.float64)
+
+
+@pytest.fixture
+def engine():
+    """Our end of the socket of two lanes."""
+    ours, theirs = socket.socketpair()
+    runner = Runner()
+    lanes = runner.lanes = _Lanes(theirs, runner, 2, 2)
+    threads = [threading.Thread(target=lanes.run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    with ours:
+        ours.settimeout(30)
+        yield ours
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+    theirs.close()
+
+
+def send(engine: socket.socket, number: int, tokens: int, alone: bool, task: str = "mean") -> None:
+    lengths, ids = np.array([tokens], dtype=np.int32), np.zeros(tokens, dtype=np.int32)
+    frames.send(engine, {"number": number, "task": task, "alone": alone}, [lengths, ids, ids])
+
+
+def test_batches_that_are_not_brief_run_beside_each_other(engine):
+    for number in range(2):
+        send(engine, number, tokens=8, alone=False, task="meet")
+    words = [frames.receive(engine) for _ in range(4)]
+    assert sorted(word.head["number"] for word in words if "ending" in word.head) == [0, 1]
+    assert len({word.arrays[0].item() for word in words if word.arrays}) == 2
+
+
+def test_a_brief_batch_has_the_engine_to_itself_and_says_nothing_before_its_answer(engine):
+    lanes = set()
+    for number in range(10):
+        send(engine, number, tokens=_BRIEF, alone=True)
+        answer = frames.receive(engine)
+        assert (answer.head["number"], "ending" in answer.head) == (number, False)
+        lanes.add(answer.arrays[0].item())
+    assert len(lanes) == 1
+
+
+def test_a_long_batch_that_is_alone_tells_when_it_ends(engine):
+    send(engine, 7, tokens=_BRIEF + 1, alone=True)
+    assert frames.receive(engine).head["ending"]
+    assert frames.receive(engine).head["number"] == 7
