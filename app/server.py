@@ -13,12 +13,14 @@ from typing import cast
 
 import uvicorn
 
+from app.memory import give_back
 from app.serving import Serving
 from app.wire import ABOVE_LIMIT, Connection
 
 log = logging.getLogger("bertd.server")
 
 _OTHER_FILES = 64 + ABOVE_LIMIT  # descriptors that are no client's: engines, files, libraries
+_GIVE_BACK_SECONDS = 10.0  # at least, between two times that what requests have left free is given back
 _LAST_SECONDS = 1.0  # for requests that were cut off to give back what they hold
 
 
@@ -38,12 +40,25 @@ class Server(uvicorn.Server):
         self._grace = grace
         self._on_listening = on_listening
         self._loop = asyncio.get_running_loop()
+        self._given_back = (0, 0.0)  # after so many requests, and when
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if not os.isatty(0):  # on a terminal it says that the terminal is gone, and ends the server
             self._loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
         self._on_listening()
+
+    async def on_tick(self, counter: int) -> bool:
+        self._give_back_at_rest()
+        return await super().on_tick(counter)
+
+    def _give_back_at_rest(self) -> None:
+        """Give back memory, now and then, when no request is here that would wait for it."""
+        requests, when = self._given_back
+        answered, now = self.server_state.total_requests, self._loop.time()
+        if answered > requests and now > when + _GIVE_BACK_SECONDS and not self.server_state.tasks:
+            give_back()
+            self._given_back = answered, now
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

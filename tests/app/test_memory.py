@@ -7,11 +7,14 @@ import re
 import weakref
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from servers import running_server
+import uvicorn
+from servers import running_server, serving_nothing
 
-from app.memory import keep_memory_small, pass_over_what_stays
+import app.server
+from app.memory import give_back, keep_memory_small, pass_over_what_stays
 
 MIB = 2**20
 TEXT = "a b c " * 80
@@ -30,6 +33,45 @@ def in_a_process(function) -> None:
 def resident() -> int:
     """Bytes that this process has in memory."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+@glibc
+def test_what_lies_free_between_blocks_in_use_is_given_back():
+    in_a_process(leave_holes)
+
+
+def leave_holes():
+    keep_memory_small()
+    before = resident()
+    blocks = [bytes(20_000 + 10_000 * (place % 9)) for place in range(2000)]
+    kept = blocks[::50]
+    del blocks
+    held = resident() - before
+    give_back()
+    assert held > 80 * MIB  # else the heap has no holes, and shows nothing
+    assert resident() - before < 10 * MIB
+    assert all(kept)
+
+
+async def test_a_server_gives_back_when_it_is_at_rest(monkeypatch):
+    given = []
+    monkeypatch.setattr(app.server, "give_back", lambda: given.append(now))
+    server = app.server.Server(uvicorn.Config(app=None), serving_nothing(), 0, lambda: None)
+    server._loop = SimpleNamespace(time=lambda: now)
+    state = server.server_state
+    for when, answered, running in [
+        (20, 0, 0),
+        (21, 0, 1),
+        (22, 1, 1),
+        (23, 1, 0),
+        (24, 2, 0),
+        (32, 3, 0),
+        (34, 3, 0),
+        (60, 3, 0),
+    ]:
+        now, state.total_requests, state.tasks = when, answered, set(range(running))
+        await server.on_tick(1)
+    assert given == [23, 34]
 
 
 @glibc
