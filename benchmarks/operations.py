@@ -2,7 +2,8 @@
 
     python -m benchmarks.operations [--only overload fairness …] [--seconds 10] [--write]
 
-all-MiniLM-L6-v2, float32, sentences of about 14 tokens; the load comes from this process, on the same cores.
+all-MiniLM-L6-v2, float32, sentences of about 14 tokens, or where it says so texts of mixed lengths, of about 100; the load comes
+from this process, on the same cores.
 """
 
 import argparse
@@ -137,11 +138,14 @@ async def _disturbed(server: Server, ones: list[bytes], what: str, disturb: Call
 
 SCENARIOS: Mapping[str, Callable[[Server, list[bytes], list[bytes], float], Awaitable[list[str]]]] = {
     "overload": overload,
+    "overload mixed": overload,
     "fairness": fairness,
     "slow clients": slow_clients,
     "killed engine": killed_engine,
     "reload": reload,
 }
+WORKLOADS = {"overload mixed": "mixed"}
+"""Of the scenarios that do not send `short` texts."""
 
 
 def main() -> None:
@@ -151,9 +155,9 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="put the figures into docs/performance.md")
     options = parser.parse_args()
     folder = find_model(MODEL)
-    texts = make_workload("short", _LIST, folder).texts
     lines = [f"`python -m benchmarks.operations --seconds {options.seconds:g}`, {describe_machine()}.", ""]
     for name in options.only:
+        texts = make_workload(WORKLOADS.get(name, "short"), _LIST, folder).texts
         with started("bertd float32", folder) as server:
             ones, lists = [server.body([text]) for text in texts], [server.body(texts)]
             lines += [f"- **{name}**: {line}" for line in uvloop.run(SCENARIOS[name](server, ones, lists, options.seconds))]
