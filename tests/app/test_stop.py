@@ -162,7 +162,9 @@ def test_a_server_without_requests_ends_at_once_whatever_its_connections_do(make
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_server_that_is_stopped_while_it_starts_leaves_nothing_behind(make_checkpoint, number):
     command = [*BERTD, "serve", "--port", "0", "--model", str(make_checkpoint())]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # A shell has what it runs in the background ignore SIGINT, and a server that it runs there rightly does.
+    with subprocess.Popen(command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **pipes) as server:
         children = Path(f"/proc/{server.pid}/task/{server.pid}/children")
         until(lambda: children.read_text() != "")
         engine = int(children.read_text())
