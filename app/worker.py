@@ -61,8 +61,11 @@ class _Lanes:
     """Threads that take batches from one socket; `run` is what each of them does."""
 
     def __init__(self, sock: socket.socket, runner: Any, threads: int, lanes: int) -> None:
+        from model.runner import use_threads
+
         self._sock = sock
         self._runner = runner
+        self._use_threads = use_threads
         self._threads = threads
         self._share = max(1, threads // lanes)
         self._reading = threading.Lock()  # a frame is read whole by one lane
@@ -87,19 +90,17 @@ class _Lanes:
         take their cores away."""
         with self._reading:
             while (batch := frames.receive(self._sock)) is not None and _is_brief(batch):
-                self._answer(batch)
+                self._answer(batch, brief=True)
             return batch
 
     def _send(self, head: dict[str, Any], arrays: Sequence[np.ndarray] = ()) -> None:
         with self._writing:
             frames.send(self._sock, head, arrays)
 
-    def _answer(self, batch: Frame) -> None:
-        from model.runner import use_threads
-
+    def _answer(self, batch: Frame, brief: bool = False) -> None:
         number, task = batch.head["number"], batch.head["task"]
-        self._current.number, self._current.told, self._current.brief = number, time.monotonic(), _is_brief(batch)
-        use_threads(self._threads if batch.head["alone"] else self._share)
+        self._current.number, self._current.told, self._current.brief = number, time.monotonic(), brief
+        self._use_threads(self._threads if batch.head["alone"] else self._share)
         try:
             arrays = _run(self._runner, task, _rows(*batch.arrays))
         except Exception as error:  # whatever a batch does, the engine lives on; the API process decides about its rows

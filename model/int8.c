@@ -47,7 +47,7 @@ typedef struct {
 /* Bytes between quantised rows: whole lines, and one more lest the rows of a tile fall on the same few cache sets. */
 INLINE long row_stride(long in) { return blocks_of(in, LINE) * LINE + LINE; }
 
-/* Sizes in bytes of a packed weight [out, in], and of the workspace of a call with x [rows, in]. */
+/* Sizes in bytes of a packed weight [out, in], and of each row of the workspace of a call with x [rows, in]. */
 long int8_packed_size(long out, long in) { return out * blocks_of(in, WORD) * WORD; }
 long int8_workspace_width(long in) { return row_stride(in) + (long)sizeof(quantisation); }
 

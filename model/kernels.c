@@ -1,4 +1,4 @@
-/* CPU kernels of the BERT encoder: attention over packed texts and LayerNorm of a residual sum.
+/* CPU kernels of the BERT encoder: embeddings, attention over packed texts, and LayerNorm of a residual sum.
  *
  * Texts of different lengths lie one after another in one matrix, without padding; `cu_q` and `cu_k`
  * (cumulative lengths, texts + 1 of them) say where each begins. Every result depends on its own text

@@ -73,7 +73,7 @@ class Int8Linear(nn.Module):
     A row's result is bit-equal in any batch: no other row has a part in its scale.
     """
 
-    workspace: ClassVar = Scratch()  # nothing of it outlives a call
+    workspace: ClassVar[Scratch] = Scratch()  # nothing of it outlives a call
 
     def __init__(self, linear: nn.Module, activation: int = 0, place: Place = fresh) -> None:
         super().__init__()

@@ -19,7 +19,7 @@ class Scratch(threading.local):
     """One matrix at a time: the next one overwrites it, in the same thread.
 
     torch asks glibc for aligned blocks, and what one of them leaves is too small for another of its size: with batches of
-    mixed sizes the heap of each thread grew to four times of what a forward needs.
+    mixed sizes the heap of each thread grew to several times of what a forward needs.
     """
 
     def __init__(self) -> None:

@@ -2,7 +2,6 @@
 
 import socket
 import threading
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ class Runner:
     """Gives each batch the number of its lane; batches of the task "meet" wait for each other."""
 
     def __init__(self) -> None:
-        self.lanes: SimpleNamespace | None = None
+        self.lanes: _Lanes | None = None
         self.meeting = threading.Barrier(2, timeout=30)
 
     def __call__(self, rows: list[Tokens], task: str) -> np.ndarray:
