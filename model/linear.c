@@ -11,9 +11,10 @@
 
 enum {
     PAIR = 2 * LANES,      /* outputs in two adjacent panels */
-    TILE_ROWS = 12,        /* rows whose sums are in registers at once, in two panels */
-    ROW_BLOCK = 96,        /* rows in one task */
+    TILE_ROWS = 14,        /* rows whose sums are in registers at once, in two panels */
+    ROW_BLOCK = 98,        /* rows in one task: whole tiles */
     DEPTH_BLOCK = 384,     /* words summed at a stretch: rounding errors grow with their number */
+    AHEAD = 64,            /* vectors of a panel between the one that is multiplied and the one that is called for */
     TASKS = 16,            /* tasks for each thread, lest one wait long for another */
     SERIAL_WORK = 1 << 17, /* multiply-adds that one thread finishes sooner than several */
 };
@@ -27,6 +28,17 @@ typedef struct {
     activation act;
 } layer;
 
+/* Where the rows of a tile begin: row r at from[r / 3] + r % 3 * stride. A pointer for each row takes more registers than
+ * there are, and so does what the compiler makes of one for all: a distance from it for each row. */
+INLINE void find_rows(const int rows, const word *tile, long stride, const word *from[])
+{
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r += 3) {
+        from[r / 3] = tile + r * stride;
+        __asm__("" : "+r"(from[r / 3])); /* hides how they are related */
+    }
+}
+
 /* sums [rows, 32] += x w^T for `rows` <= TILE_ROWS rows, `depth` words of each, and two adjacent panels (twice the last
  * one, where it has no neighbour). The new sums stay in registers, enough of them to hide the latency of the products. */
 INLINE void multiply_rows(const int rows, const word *x, long stride, const word *left, const word *right, long depth,
@@ -36,11 +48,15 @@ INLINE void multiply_rows(const int rows, const word *x, long stride, const word
 #pragma GCC unroll 16
     for (int r = 0; r < rows; r++)
         tile[r][0] = tile[r][1] = _mm512_setzero_ps();
+    const word *from[(TILE_ROWS + 2) / 3];
+    find_rows(rows, x, stride, from);
     for (long i = 0; i < depth; i++) {
         const __m512i a = _mm512_loadu_si512(left + i * LANES), b = _mm512_loadu_si512(right + i * LANES);
+        __builtin_prefetch(left + (i + AHEAD) * LANES);
+        __builtin_prefetch(right + (i + AHEAD) * LANES);
 #pragma GCC unroll 16
         for (int r = 0; r < rows; r++) {
-            const __m512i factor = _mm512_set1_epi32(x[r * stride + i]);
+            const __m512i factor = _mm512_set1_epi32(from[r / 3][r % 3 * stride + i]);
             tile[r][0] = multiply_add(a, factor, tile[r][0], bf16);
             tile[r][1] = multiply_add(b, factor, tile[r][1], bf16);
         }
@@ -62,6 +78,7 @@ INLINE void multiply_rows(const int rows, const word *x, long stride, const word
     {                                                                                                              \
         switch (rows) {                                                                                            \
             CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11)              \
+            CASE(12) CASE(13)                                                                                      \
         default: multiply_rows(TILE_ROWS, x, stride, left, right, depth, sums, BF16);                              \
         }                                                                                                          \
     }
