@@ -1,7 +1,8 @@
 """The engine process: `python -m app.worker FD` holds a Runner and answers batches that come over a socket.
 
 It has one or more lanes, each a thread that runs one batch after the other. Lanes share nothing but the runner, so that
-one that has lost its core to another process holds nobody up.
+one that has lost its core to another process holds nobody up. A GPU has one lane, and a second thread that hands the next
+batch over while the first waits for the device.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ from app.frames import Frame
 from app.lifeline import end_with_parent
 from app.memory import pass_over_what_stays
 from model.config import transformer_folder, weight_files
-from model.errors import ModelError
+from model.errors import DeviceLost, ModelError
 from model.hub import stamps
 from model.tokens import Tokens
 from model.vectors import FloatArray, nonzero
@@ -52,7 +53,7 @@ def main() -> None:
     frames.send(sock, facts)
     lanes = _Lanes(sock, runner, facts["threads"], facts["lanes"])
     runner.on_layer(lanes.on_layer)
-    for _ in range(1, facts["lanes"]):
+    for _ in range(1, facts["lanes"] + runner.ahead):
         threading.Thread(target=lanes.run).start()
     lanes.run()
 
@@ -103,6 +104,9 @@ class _Lanes:
         self._use_threads(self._threads if batch.head["alone"] else self._share)
         try:
             arrays = _run(self._runner, task, _rows(*batch.arrays))
+        except DeviceLost as error:
+            print(f"bertd.engine: {error}", file=sys.stderr, flush=True)
+            os._exit(1)  # the other lanes too: the keeper starts another process, and decides about the rows
         except Exception as error:  # whatever a batch does, the engine lives on; the API process decides about its rows
             self._send({"number": number, "error": type(error).__name__})
         else:

@@ -13,7 +13,9 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 
@@ -26,7 +28,7 @@ from model.hub import find_model
 from model.runner import available_cores
 
 COUNTS = {"minilm": {"short": 600, "mixed": 120, "long": 24}, "base": {"short": 150, "mixed": 64, "long": 6}}
-_MORE_ON_CUDA = 20  # times as many texts, lest a pass be over in a moment
+_MORE_ON_CUDA = {"short": 100, "mixed": 100, "long": 300}  # times as many texts, lest a pass be over in a moment
 
 
 @dataclass
@@ -40,20 +42,23 @@ class Measured:
 class Peer:
     """A process that runs benchmarks.peers."""
 
-    def __init__(self, name: str, folder: Path, texts: Path, device: str, threads: int) -> None:
-        command = [sys.executable, "-m", "benchmarks.peers", name, str(folder), str(texts), device, str(threads)]
+    def __init__(self, name: str, folder: Path, device: str, threads: int) -> None:
+        command = [sys.executable, "-m", "benchmarks.peers", name, str(folder), device, str(threads)]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
-        self.measured = Measured([])
-        self.works = self._process.stdout.readline().strip() == "ready"
 
-    def run(self) -> None:
-        self._process.stdin.write("\n")
+    @cached_property
+    def works(self) -> bool:
+        """Whether it runs here; waits until it does."""
+        return self._process.stdout.readline().strip() == "ready"
+
+    def run(self, texts: Path, measured: Measured) -> None:
+        self._process.stdin.write(f"{texts}\n")
         self._process.stdin.flush()
         answer = json.loads(self._process.stdout.readline())
-        self.measured.seconds.append(answer["seconds"])
-        self.measured.rss = answer["rss"]
+        measured.seconds.append(answer["seconds"])
+        measured.rss = answer["rss"]
 
     def close(self) -> None:
         self._process.stdin.close()
@@ -71,38 +76,37 @@ def model_folder(model: str, scratch: Path) -> Path:
     folder = scratch / model
     torch.manual_seed(0)
     BertModel(BertConfig(vocab_size=30522)).save_pretrained(folder)
-    for name in ("tokenizer.json", "vocab.txt", "tokenizer_config.json", "modules.json", "sentence_bert_config.json"):
+    for name in ("tokenizer.json", "vocab.txt", "tokenizer_config.json", "modules.json"):
         (folder / name).write_bytes((minilm / name).read_bytes())
+    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 512}))
     pooling = folder / "1_Pooling"
     pooling.mkdir()
     (pooling / "config.json").write_text(json.dumps({"word_embedding_dimension": 768, "pooling_mode_mean_tokens": True}))
     return folder
 
 
-def measure(folder: Path, workload: Workload, options: argparse.Namespace, scratch: Path) -> list[str]:
+def measure(peers: Mapping[str, Peer], folder: Path, workload: Workload, options: argparse.Namespace) -> list[str]:
     """Rows of the table for one workload."""
-    texts = scratch / "texts.json"
-    texts.write_text(json.dumps(workload.texts))
-    peers = {name: Peer(name, folder, texts, options.device, options.threads) for name in options.peers}
-    peers = {name: peer for name, peer in peers.items() if peer.works}
+    found = {name: Measured([]) for name in peers}
     rates: dict[str, list[float]] = {PEERS[name][1]: [] for name in peers}
-    for _ in range(options.rounds):
-        for dtype, found in rates.items():
-            found.append(matrix_rate(dtype, options.device, options.threads))
-        for peer in peers.values():
-            peer.run()
-    for peer in peers.values():
-        peer.close()
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as texts:
+        json.dump(workload.texts, texts)
+        texts.flush()
+        for _ in range(options.rounds):
+            for dtype, rate in rates.items():
+                rate.append(matrix_rate(dtype, options.device, options.threads))
+            for name, peer in peers.items():
+                peer.run(Path(texts.name), found[name])
     flops = workload.flops(ModelConfig.from_folder(folder))
-    baseline = peers["sentence-transformers float32"].measured.seconds if "sentence-transformers float32" in peers else None
+    baseline = next((measured.seconds for name, measured in found.items() if name.startswith("sentence-transformers")), None)
     rows = []
-    for name, peer in peers.items():
-        seconds = median(peer.measured.seconds)
+    for name, measured in found.items():
+        seconds = median(measured.seconds)
         rate = median(rates[PEERS[name][1]])
-        ratio = median(theirs / ours for theirs, ours in zip(baseline, peer.measured.seconds, strict=True)) if baseline else 0
+        ratio = median(theirs / ours for theirs, ours in zip(baseline, measured.seconds, strict=True)) if baseline else 0
         rows.append(
             f"| {name} | {len(workload.texts) / seconds:.0f} | {workload.lengths.sum() / seconds:.0f} | {ratio:.2f} | "
-            f"{flops / seconds / 1e9:.0f} of {rate / 1e9:.0f} ({flops / seconds / rate:.0%}) | {peer.measured.rss} |"
+            f"{flops / seconds / 1e9:.0f} of {rate / 1e9:.0f} ({flops / seconds / rate:.0%}) | {measured.rss} |"
         )
     return rows
 
@@ -130,12 +134,16 @@ def main() -> None:
         lines = [f"{command}, {options.threads} threads, {describe_machine(options.device)}."]
         with tempfile.TemporaryDirectory() as scratch:
             folder = model_folder(model, Path(scratch))
+            peers = {name: Peer(name, folder, options.device, options.threads) for name in options.peers}
+            peers = {name: peer for name, peer in peers.items() if peer.works}
             for name in options.workloads:
-                workload = make_workload(name, COUNTS[model][name] * (_MORE_ON_CUDA if cuda else 1), folder)
-                rows = measure(folder, workload, options, Path(scratch))
+                workload = make_workload(name, COUNTS[model][name] * (_MORE_ON_CUDA[name] if cuda else 1), folder)
+                rows = measure(peers, folder, workload, options)
                 title = f"**{model}, {name}** ({len(workload.texts)} texts, {workload.lengths.mean():.0f} tokens on average)"
                 lines += ["", title, "", HEADER, *rows]
                 print("\n".join([title, *rows]), flush=True)
+            for peer in peers.values():
+                peer.close()
         if options.write:
             write_section(f"encode-{model}{'-cuda' if cuda else ''}", "\n".join(lines))
 

@@ -1,29 +1,35 @@
-"""One encoder in a process of its own: python -m benchmarks.peers NAME FOLDER TEXTS.json DEVICE THREADS
+"""One encoder in a process of its own: python -m benchmarks.peers NAME FOLDER DEVICE THREADS
 
-Answers each line on standard input with the seconds of one pass over the texts, tokenization included.
+Answers each line on standard input, the path of a JSON list of texts, with the seconds of one pass over them, tokenization
+included, and the peak of its memory in MiB since it was given another list.
 """
 
 import json
 import os
-import resource
+import re
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from threading import Lock
+from threading import Condition, Event
 
 import numpy as np
 
 Encode = Callable[[Sequence[str]], np.ndarray]
 _BATCH = 32  # texts in a padded batch, as sentence-transformers has it; sorted by length
 _MAX_TOKENS = 512
+_CHARACTERS_AT_ONCE = 100_000  # that are tokenized while a device computes those before
 
 
 def bertd(dtype: str, folder: Path, device: str, threads: int) -> Encode:
-    """Ours: the library as it is, texts in the order in which they come, packed batches on as many lanes as there are."""
+    """Ours: the library as it is, texts in the order in which they come, packed batches on as many lanes as there are.
+
+    A device that takes batches ahead computes while the next texts are tokenized, as it does in the server.
+    """
     from app.waiting import Job, Queue
     from model.config import ModelConfig
     from model.runner import make_runner, use_threads
@@ -33,35 +39,48 @@ def bertd(dtype: str, folder: Path, device: str, threads: int) -> Encode:
     config = ModelConfig.from_folder(folder)
     tokenizer = Tokenizer.from_folder(folder, config)
     runner, choice = make_runner(folder, device=device, dtype=dtype, threads=threads)
-    pool = ThreadPoolExecutor(choice.lanes, initializer=use_threads, initargs=(max(1, threads // choice.lanes),))
-    turn = Lock()
-    free = choice.lanes
+    runner.warm_up(choice.max_batch_tokens)
+    callers = choice.lanes + runner.ahead
+    pool = ThreadPoolExecutor(callers, initializer=use_threads, initargs=(max(1, threads // choice.lanes),))
+    readers = ThreadPoolExecutor(2)  # while one makes rows of what the library has read, it reads for the other
+    turn = Condition()
+    free = callers
 
-    def run_lane(queue: Queue, share: int, vectors: np.ndarray) -> None:
-        """Run batches as the scheduler forms them, until none is left."""
+    def run_lane(queue: Queue, share: int, read: Event) -> None:
+        """Run batches as the scheduler forms them, until all texts are read and none is left."""
         nonlocal free
         while True:
             with turn:
-                batch = queue.next_batch(share)
+                while not (batch := queue.next_batch(share)) and not read.is_set():
+                    turn.wait()
                 free -= bool(batch)
             if not batch:
                 return
-            vectors[[row.place for row in batch]] = runner([row.tokens for row in batch], config.pooling)
+            for row, vector in zip(batch, runner([row.tokens for row in batch], config.pooling), strict=True):
+                row.job.outcomes[row.place] = vector
             with turn:
                 free += 1
                 share = queue.share(free, choice.lanes)
 
     def encode(texts: Sequence[str]) -> np.ndarray:
-        rows = tokenizer.encode(texts, max_tokens=_MAX_TOKENS)
-        if len(rows) == 1:
-            return normalize(runner(rows, config.pooling))
-        queue = Queue(choice.max_batch_tokens)
-        queue.add(Job(config.pooling, Future(), 0.0, []), rows)
-        vectors = np.empty((len(rows), config.dimension), np.float32)
-        share = queue.share(free, choice.lanes)
-        for done in [pool.submit(run_lane, queue, share, vectors) for _ in range(choice.lanes)]:
-            done.result()
-        return normalize(vectors)
+        if len(texts) == 1:
+            return normalize(runner(tokenizer.encode(texts, max_tokens=_MAX_TOKENS), config.pooling))
+        queue, read, jobs, running = Queue(choice.max_batch_tokens), Event(), [], []
+        step = max(1, len(texts) * _CHARACTERS_AT_ONCE // sum(map(len, texts))) if runner.ahead else len(texts)
+        slices = (texts[start : start + step] for start in range(0, len(texts), step))
+        for rows in readers.map(partial(tokenizer.encode, max_tokens=_MAX_TOKENS), slices):
+            jobs.append(Job(config.pooling, Future(), 0.0, [None] * len(rows)))
+            with turn:
+                queue.add(jobs[-1], rows)
+                turn.notify_all()
+            if not running:
+                running = [pool.submit(run_lane, queue, queue.share(free, choice.lanes), read) for _ in range(callers)]
+        with turn:
+            read.set()
+            turn.notify_all()
+        for lane in running:
+            lane.result()
+        return normalize(np.stack([vector for job in jobs for vector in job.outcomes]))
 
     return encode
 
@@ -176,20 +195,24 @@ ON_CPU = tuple(name for name, (_, dtype) in PEERS.items() if dtype != "float16")
 
 
 def main() -> None:
-    name, folder, texts_file, device, threads = sys.argv[1:]
+    name, folder, device, threads = sys.argv[1:]
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not mix with the answers
     make, dtype = PEERS[name]
-    texts = json.loads(Path(texts_file).read_text())
     encode = make(dtype, Path(folder), device, int(threads))
-    encode(texts[:64])
+    encode(["ready"])
     print("ready", file=answers, flush=True)
-    for _ in sys.stdin:
+    file, texts = "", []
+    for line in sys.stdin:
+        if line != file:
+            file, texts = line, json.loads(Path(line.strip()).read_text())
+            Path("/proc/self/clear_refs").write_text("5")  # forget the peak
+            encode(texts[:64])
         start = time.perf_counter()
         vectors = encode(texts)
         seconds = time.perf_counter() - start
         first = np.asarray(vectors[0][:3], dtype=float).tolist()
-        rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+        rss = int(re.search(r"^VmHWM:\s+(\d+)", Path("/proc/self/status").read_text(), re.M)[1]) // 1024
         print(json.dumps({"seconds": seconds, "rss": rss, "first": first}), file=answers, flush=True)
 
 

@@ -73,21 +73,22 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def command_of(peer: str, port: int, folder: Path) -> tuple[list[str], str, str]:
+def command_of(peer: str, port: int, folder: Path, device: str) -> tuple[list[str], str, str]:
     """How a peer is started, the path of its route, the field of its texts."""
     if peer.startswith("bertd"):
         dtype = peer.partition(" ")[2] or "auto"
-        return [sys.executable, "-m", "app.cli", "serve", "--port", str(port), "--dtype", dtype], "/embed", "inputs"
+        options = ["--port", str(port), "--device", device, "--dtype", dtype]
+        return [sys.executable, "-m", "app.cli", "serve", *options], "/embed", "inputs"
     infinity = os.environ.get("INFINITY", str(ROOT / ".venv-infinity/bin/infinity_emb"))
-    served = ["--served-model-name", "model", "--device", "cpu", "--engine", "torch", "--no-bettertransformer", "--no-compile"]
+    served = ["--served-model-name", "model", "--device", device, "--engine", "torch", "--no-bettertransformer", "--no-compile"]
     place = ["--host", "127.0.0.1", "--port", str(port), "--url-prefix", "/v1", "--log-level", "warning"]
     return [infinity, "v2", "--model-id", str(folder), *served, *place, "--dtype", "float32"], "/v1/embeddings", "input"
 
 
 @contextmanager
-def started(peer: str, folder: Path) -> Iterator[Server]:
+def started(peer: str, folder: Path, device: str = "cpu") -> Iterator[Server]:
     port = free_port()
-    command, path, field = command_of(peer, port, folder)
+    command, path, field = command_of(peer, port, folder, device)
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "INFINITY_ANONYMOUS_USAGE_STATS": "0"}
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
     server = Server(peer, f"http://127.0.0.1:{port}{path}", field, process.pid)
@@ -188,9 +189,9 @@ HEADER = (
 )
 
 
-def library_rate(dtype: str, texts: list[str], folder: Path) -> tuple[float, float]:
+def library_rate(dtype: str, texts: list[str], folder: Path, device: str) -> tuple[float, float]:
     """Our own texts/s at library level, and the median milliseconds of a lone text, in this process."""
-    encode = bertd(dtype, folder, "cpu", available_cores())
+    encode = bertd(dtype, folder, device, available_cores())
     encode(texts[:32])
     best = float("inf")
     for _ in range(3):
@@ -225,6 +226,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", nargs="+", default=["bertd float32", "infinity"])
     parser.add_argument("--workload", default="short")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--clients", nargs="+", type=int, default=[1, 8, 64, 256])
     parser.add_argument("--seconds", type=int, default=8)
     parser.add_argument("--rate", type=float, default=100.0, help="requests per second of the open loop; 0 leaves it out")
@@ -238,16 +240,19 @@ def main() -> None:
     if options.url:
         measure(Server("given", options.url, options.field), texts, options)
         return
-    rate, alone = library_rate("float32", texts, folder)
-    rows.append(f"Our library, float32, in one process: {rate:.0f} texts/s; a lone text {alone:.2f} ms (median).")
+    dtype = "float32" if options.device == "cpu" else "bfloat16"
+    rate, alone = library_rate(dtype, texts, folder, options.device)
+    rows.append(f"Our library, {dtype}, in one process: {rate:.0f} texts/s; a lone text {alone:.2f} ms (median).")
     print(rows[0])
     rows += ["", HEADER]
     for peer in options.peers:
-        with started(peer, folder) as server:
+        with started(peer, folder, options.device) as server:
             rows += measure(server, texts, options)
     if options.write:
-        command = f"`python -m benchmarks.serve --workload {options.workload} --seconds {options.seconds}`"
-        write_section(f"serve-{options.workload}", "\n".join([f"{command}, {describe_machine()}.", "", *rows]))
+        what = f"--workload {options.workload} --device {options.device} --seconds {options.seconds}"
+        name = f"serve-{options.workload}{'' if options.device == 'cpu' else '-cuda'}"
+        about = f"`python -m benchmarks.serve {what}`, {describe_machine(options.device)}."
+        write_section(name, "\n".join([about, "", *rows]))
 
 
 if __name__ == "__main__":

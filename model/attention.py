@@ -44,8 +44,10 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, batch: Batch, heads: int) -> Te
             part.view(run.count, -1, heads, q.shape[1] // heads).transpose(1, 2)  # [N, A, L, D]
             for part in (q[rows], k[run.rows], v[run.rows])
         )
-        joined = F.scaled_dot_product_attention(queries, keys, values)
-        out[rows] = joined.transpose(1, 2).flatten(2).flatten(0, 1)
+        joined = F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2).flatten(2).flatten(0, 1)
+        if len(joined) == len(q):
+            return joined
+        out[rows] = joined
     return out
 
 

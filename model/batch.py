@@ -39,7 +39,8 @@ class Batch:
     cu_seqlens  [N + 1] int32; text n is the rows cu_seqlens[n] to cu_seqlens[n + 1]
     max_seqlen  the longest text
     cu_texts    [N + 1] int32, 0 to N: the boundaries of matrices with one row per text
-    runs        the same boundaries as runs of equal length, for kernels that need rectangles
+    lengths     [N] int64, the same boundaries on the host: the tokens of each text
+    tiles       [M, 4] int32, the same as tiles of queries, where a kernel works by them
     """
 
     input_ids: Tensor
@@ -48,7 +49,16 @@ class Batch:
     cu_seqlens: Tensor
     cu_texts: Tensor
     max_seqlen: int
-    runs: tuple[Run, ...]
+    lengths: np.ndarray
+    tiles: Tensor | None = None
+
+    @property
+    def runs(self) -> list[Run]:
+        """The boundaries as runs of texts of one length, for kernels that need rectangles."""
+        starts = np.cumsum(self.lengths) - self.lengths
+        borders = [0, *(np.flatnonzero(np.diff(self.lengths)) + 1).tolist(), len(self.lengths)]
+        runs = [Run(a, int(starts[a]), b - a, int(self.lengths[a])) for a, b in pairwise(borders)]
+        return [run for run in runs if run.length]
 
     @property
     def first(self) -> Tensor:
@@ -59,17 +69,6 @@ class Batch:
     def last(self) -> Tensor:
         """The row of the last token of each text: [N] int64."""
         return self.cu_seqlens[1:].long() - 1
-
-    def to(self, device: torch.device) -> "Batch":
-        return Batch(
-            self.input_ids.to(device, non_blocking=True),
-            self.type_ids.to(device, non_blocking=True),
-            self.positions.to(device, non_blocking=True),
-            self.cu_seqlens.to(device, non_blocking=True),
-            self.cu_texts.to(device, non_blocking=True),
-            self.max_seqlen,
-            self.runs,
-        )
 
 
 def pack(rows: Sequence[Tokens]) -> Batch:
@@ -87,13 +86,8 @@ def pack(rows: Sequence[Tokens]) -> Batch:
         cu_seqlens=torch.from_numpy(np.concatenate(([0], ends), dtype=np.int32)),
         cu_texts=torch.arange(len(rows) + 1, dtype=torch.int32),
         max_seqlen=int(lengths.max()),
-        runs=_runs(starts, lengths),
+        lengths=lengths,
     )
-
-
-def _runs(starts: np.ndarray, lengths: np.ndarray) -> tuple[Run, ...]:
-    borders = [0, *(np.flatnonzero(np.diff(lengths)) + 1).tolist(), len(lengths)]
-    return tuple(Run(a, int(starts[a]), b - a, int(lengths[a])) for a, b in pairwise(borders))
 
 
 def by_length(rows: Sequence[Tokens]) -> np.ndarray:

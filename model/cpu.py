@@ -35,6 +35,7 @@ class CpuRunner:
     On our own kernels, whose results and layouts are the same for any number of threads, several batches may run at once.
     """
 
+    ahead = 0
     BATCH_TOKENS = 1024  # activations of a batch this size stay in the cache; see docs/performance.md
 
     def __init__(self, encoder: Encoder, dtype: torch.dtype = torch.float32) -> None:

@@ -1,8 +1,12 @@
-"""The encoder on a GPU: half precision, varlen attention on packed rows, graphs for small batches."""
+"""The encoder on a GPU: half precision, attention on packed rows, graphs for small batches, copies beside the computing."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from threading import Lock
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -10,52 +14,78 @@ from torch import Tensor
 
 from model.attention import attend_sdpa
 from model.batch import Batch, by_length, pack
+from model.compiled_cuda import (
+    QUERIES,
+    TileAttention,
+    compile_kernels,
+    fuse_gelu,
+    is_ampere,
+    replace_kernels,
+    tiles_of,
+)
 from model.config import Task
 from model.encoder import Encoder
+from model.errors import DeviceLost
 from model.tokens import Tokens
 from model.vectors import FloatArray
 
-BUCKETS = (16, 32, 64, 128, 256, 512, 1024)
+BUCKETS = (16, 32, 64, 128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
 """Tokens of the batches that have a graph. Above them the kernels take longer than their launches, and a graph gains nothing."""
 
 _TOKENS_PER_TEXT = 4  # in a bucket, at least: a graph has places for so many texts and no more
+_SHORT = 256  # tokens of the longest text in a graph for batches without a long one, which have another attention
+_BRIEF = 1024  # tokens of a batch that is worth a busy wait: to be woken takes as long as a tenth of it
+_ALIGNED = 16  # bytes: what a kernel reads at once
+
+Forward = Callable[[Batch], Tensor]
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """The fixed shape of a graph: tokens, and places for texts, dummies included."""
+    """The fixed shape of a graph: tokens, places for texts, dummies included, and for tiles; no text above `longest` tokens."""
 
     tokens: int
+    longest: int
 
     @property
     def texts(self) -> int:
         return self.tokens // _TOKENS_PER_TEXT
 
+    @property
+    def tiles(self) -> int:
+        return self.tokens // QUERIES + self.texts
+
 
 def find_bucket(rows: Sequence[Tokens], max_tokens: int) -> Bucket | None:
     """The smallest bucket that holds a batch and the dummies that fill it up; None when there is none."""
     tokens = sum(map(len, rows))
-    for size in BUCKETS:
-        if tokens <= size and len(rows) + -(-(size - tokens) // max_tokens) <= Bucket(size).texts:
-            return Bucket(size)
+    longest = min(_SHORT, max_tokens)
+    if max(map(len, rows)) > longest:
+        longest = max_tokens
+    for bucket in (Bucket(size, longest) for size in BUCKETS if size >= tokens):
+        if len(rows) + -(-(bucket.tokens - tokens) // longest) <= bucket.texts:
+            return bucket
     return None
 
 
-def pad_to(bucket: Bucket, rows: Sequence[Tokens], max_tokens: int) -> Batch:
-    """A batch of the bucket's shape: the rows, then dummy texts of token 0 up to its tokens, then texts of no tokens.
+def pad_to(bucket: Bucket, rows: Sequence[Tokens]) -> Batch:
+    """A batch of the bucket's shape: texts of no tokens, dummy texts of token 0 that fill it up, and then the rows.
 
-    No text sees another, so the rows' own values are those of the plain batch.
+    No text sees another, so the rows' own values are those of the plain batch. With the rows last, each text, if it has a
+    token or not, begins at a row that is there.
     """
     missing = bucket.tokens - sum(map(len, rows))
-    sizes = [min(max_tokens, missing - start) for start in range(0, missing, max_tokens)]
-    batch = pack([*rows, *(Tokens.of([0] * size) for size in sizes)])
-    empty = bucket.texts + 1 - len(batch.cu_seqlens)
-    ends = batch.cu_seqlens.new_full((empty,), bucket.tokens)
+    sizes = [min(bucket.longest, missing - start) for start in range(0, missing, bucket.longest)]
+    batch = pack([*(Tokens.of([0] * size) for size in sizes), *rows])
+    empty = np.zeros(bucket.texts - len(batch.lengths), np.int32)
     return replace(
         batch,
-        cu_seqlens=torch.cat([batch.cu_seqlens, ends]),
+        cu_seqlens=torch.from_numpy(np.concatenate([empty, batch.cu_seqlens.numpy()])),
+        lengths=np.concatenate([empty, batch.lengths]),
         cu_texts=torch.arange(bucket.texts + 1, dtype=torch.int32),
-        max_seqlen=max_tokens,
+        max_seqlen=bucket.longest,
+        tiles=tiles_of(batch.lengths, bucket.tiles),
     )
 
 
@@ -71,94 +101,175 @@ def attend_varlen(q: Tensor, k: Tensor, v: Tensor, batch: Batch, heads: int) -> 
     return joined.flatten(1)
 
 
-class GraphPool:
-    """CUDA graphs of the encoder, one per bucket, captured on first use: one launch in place of a hundred.
+def attend_cudnn(q: Tensor, k: Tensor, v: Tensor, batch: Batch, heads: int) -> Tensor:
+    """cuDNN's kernel for texts of one length. It makes a plan for each number and length of texts, in tens of milliseconds."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    `capture` makes a function of a batch on the device out of a forward; a test hands in one that needs no GPU.
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return attend_sdpa(q, k, v, batch, heads)
+
+
+class FastestAttention:
+    """The kernel that is the fastest for the lengths of a batch; see docs/performance.md."""
+
+    def __init__(self, tiles: TileAttention | None) -> None:
+        self.tiles = tiles
+        self.full: tuple[int, int] | None = None  # texts, and tokens of each, of the batch that cuDNN has a plan for
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, heads: int) -> Tensor:
+        if self.tiles is not None and batch.max_seqlen <= self.tiles.longest:
+            return self.tiles(q, k, v, batch, heads)
+        shape = len(batch.lengths), batch.max_seqlen
+        if shape == self.full and len(q) == len(k) == shape[0] * shape[1]:
+            return attend_cudnn(q, k, v, batch, heads)
+        return attend_varlen(q, k, v, batch, heads)
+
+
+class Transfer:
+    """The tensors of a batch end to end in pinned memory, so that one copy that nobody waits for brings them to a device."""
+
+    def __init__(self, batch: Batch, pinned: bool = True) -> None:
+        self._batch = batch
+        self._places: list[tuple[str, int, Tensor]] = []
+        end = 0
+        for name in _TENSORS:
+            if (part := getattr(batch, name)) is not None:
+                self._places.append((name, end, part))
+                end += -(-part.nbytes // _ALIGNED) * _ALIGNED
+        self.data = torch.empty(end, dtype=torch.uint8, pin_memory=pinned)
+        array = self.data.numpy()
+        for _, start, part in self._places:
+            array[start : start + part.nbytes] = part.numpy().reshape(-1).view(np.uint8)
+
+    def batch_in(self, data: Tensor) -> Batch:
+        """The batch whose tensors lie in `data`, which is like ours."""
+        views: dict[str, Any] = {
+            name: data[start : start + part.nbytes].view(part.dtype).view(part.shape) for name, start, part in self._places
+        }
+        return replace(self._batch, **views)
+
+
+_TENSORS = ("input_ids", "type_ids", "positions", "cu_seqlens", "cu_texts", "tiles")
+
+Capture = Callable[[Forward, Transfer], Callable[[Transfer], Tensor]]
+
+
+class GraphPool:
+    """CUDA graphs, one per bucket and task, captured on first use: one launch in place of a hundred.
+
+    `capture` makes a function of a batch out of a forward; a test hands in one that needs no GPU.
     """
 
-    def __init__(self, forward: Callable[[Batch], Tensor], capture: "Capture | None" = None) -> None:
-        self._forward = forward
-        self._capture = capture or capture_graph
-        self._graphs: dict[Bucket, Callable[[Batch], Tensor]] = {}
+    def __init__(self, capture: Capture) -> None:
+        self._capture = capture
+        self._graphs: dict[tuple[Bucket, str], Callable[[Transfer], Tensor]] = {}
 
-    def __call__(self, bucket: Bucket, batch: Batch) -> Tensor:
-        """Hidden rows [bucket.tokens, H], valid until the next call."""
-        if bucket not in self._graphs:
-            self._graphs[bucket] = self._capture(self._forward, batch)
-        return self._graphs[bucket](batch)
-
-
-Capture = Callable[[Callable[[Batch], Tensor], Batch], Callable[[Batch], Tensor]]
+    def __call__(self, bucket: Bucket, task: str, forward: Forward, batch: Transfer) -> Tensor:
+        """What the forward of a task makes of a batch of the bucket's shape."""
+        if (bucket, task) not in self._graphs:
+            self._graphs[bucket, task] = self._capture(forward, batch)
+        return self._graphs[bucket, task](batch)
 
 
-def capture_graph(forward: Callable[[Batch], Tensor], batch: Batch) -> Callable[[Batch], Tensor]:
-    """Record a forward on static copies of a batch; the function returned copies another of that shape in and replays."""
-    static = replace(batch, **{name: getattr(batch, name).clone() for name in _TENSORS})
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # a capture must not be the first run: libraries set themselves up in it
-        forward(static)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        hidden = forward(static)
+def capture_graphs(device: torch.device) -> Capture:
+    """A function that records a forward on a static copy of a batch; what it returns copies another one in and replays.
 
-    def replay(batch: Batch) -> Tensor:
-        for name in _TENSORS:
-            getattr(static, name).copy_(getattr(batch, name), non_blocking=True)
-        graph.replay()
-        return hidden
+    All graphs share the memory between their inputs and their answers, since no two of them run at once.
+    """
+    memory = torch.cuda.graph_pool_handle()
 
-    return replay
+    def capture(forward: Forward, batch: Transfer) -> Callable[[Transfer], Tensor]:
+        static = batch.data.to(device)
+        side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):  # a capture must not be the first run: libraries set themselves up in it
+            forward(batch.batch_in(static))
+        torch.cuda.current_stream(device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
+            answer = forward(batch.batch_in(static))
+
+        def replay(batch: Transfer) -> Tensor:
+            static.copy_(batch.data, non_blocking=True)
+            graph.replay()
+            return answer.clone()  # the next replay overwrites it
+
+        return replay
+
+    return capture
 
 
-_TENSORS = ("input_ids", "type_ids", "positions", "cu_seqlens", "cu_texts")
+class Done(Protocol):
+    """The end of what was queued on a device, as a CUDA event tells it."""
+
+    def synchronize(self) -> None: ...
+
+
+class Pipeline:
+    """Batches of several threads on one device, launched whole and in turn: while one is computed, the next waits behind it."""
+
+    def __init__(self) -> None:
+        self.on_device: Callable[[], None] = lambda: None  # called by a thread when the device has come to its batch
+        self._turn = Lock()
+        self._latest: Done | None = None  # the end of the batch that was launched last
+
+    def run(self, launch: Callable[[], tuple[Answer, Done]]) -> Answer:
+        """What a launch gives, which must not wait for the device, once it is there."""
+        with self._turn:
+            answer, done = launch()
+            before, self._latest = self._latest, done
+        if before is not None:
+            before.synchronize()
+        self.on_device()
+        done.synchronize()
+        return answer
 
 
 class CudaRunner:
-    """Runs an encoder on one GPU, everything in order on one stream."""
+    """Runs an encoder on one GPU: what is computed in order on one stream, what goes back to the host on another.
+
+    Two threads may call it: while the batch of one is computed, that of the other is launched and waits on the device.
+    """
 
     BATCH_TOKENS = 32_768
     lanes = 1
+    ahead = 1
 
     def __init__(self, encoder: Encoder, device: torch.device, dtype: torch.dtype) -> None:
         self.encoder = encoder.to(device)
         encoder.bert.to(dtype)  # what stands on it is small and stays in float32
         self.device = device
-        varlen = dtype in (torch.bfloat16, torch.float16)
+        kernels = compile_kernels(encoder.config.bert, device, dtype)
+        if kernels:
+            replace_kernels(encoder.bert, kernels)
+        packed = dtype in (torch.bfloat16, torch.float16) and is_ampere(device)
+        tiles = TileAttention(kernels, encoder.config.bert.head_size) if kernels else None
+        self._attention = FastestAttention(tiles) if packed else None
         for layer in encoder.bert.layers:
-            layer.attention.attend = attend_varlen if varlen else attend_sdpa
-        self.kernel = f"{'varlen flash' if varlen else 'SDPA'} attention, cuBLAS linear, {'graphs' if varlen else 'no graphs'}"
-        self._graphs = GraphPool(encoder.bert) if varlen else None
-        self._on_last_layer: Callable[[], None] = lambda: None
+            layer.attention.attend = self._attention or attend_sdpa
+        self._graphs = GraphPool(capture_graphs(device)) if packed and encoder.masked_lm is None else None
+        with torch.inference_mode():
+            fused = dtype == torch.bfloat16 and fuse_gelu(encoder.bert)
+        attention = f"{'tile and ' if kernels else ''}varlen flash attention" if packed else "SDPA attention"
+        graphs = "graphs" if self._graphs else "no graphs"
+        self.kernel = f"{attention}, cuBLAS linear{' with GELU' if fused else ''}, {graphs}"
+        self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._pipeline = Pipeline()
 
     def __call__(self, rows: Sequence[Tokens], task: Task) -> FloatArray:
         order = by_length(rows)
-        ordered = [rows[place] for place in order]
-        with torch.inference_mode():
-            bucket = find_bucket(ordered, self.encoder.config.max_tokens) if self._graphs else None
-            if bucket is None or self._graphs is None:
-                vectors = self.encoder(self._to_device(pack(ordered)), task)
-            else:
-                batch = self._to_device(pad_to(bucket, ordered, self.encoder.config.max_tokens))
-                hidden = self._graphs(bucket, batch)
-                batch = replace(batch, cu_seqlens=batch.cu_seqlens[: len(rows) + 1])
-                vectors = self.encoder.pool(hidden[: sum(map(len, rows))], batch, task)
-            answer: FloatArray = np.empty(vectors.shape, dtype=np.float32)
-            self._on_last_layer()  # all is launched: the next batch may be formed while the device works
-            answer[order] = vectors.cpu().numpy()
+        vectors = self._run([rows[place] for place in order], task, partial(self.encoder, task=task))[-len(rows) :]
+        answer: FloatArray = np.empty(vectors.shape, dtype=np.float32)
+        answer[order] = vectors
         return answer
 
     def hidden(self, rows: Sequence[Tokens]) -> list[FloatArray]:
-        with torch.inference_mode():
-            hidden = self.encoder.hidden(self._to_device(pack(rows)))
-            self._on_last_layer()
-            matrix = hidden.cpu().numpy()
-        return np.split(matrix, np.cumsum([len(row) for row in rows])[:-1])
+        lengths = [len(row) for row in rows]
+        matrix = self._run(rows, "hidden", self.encoder.hidden)[-sum(lengths) :]
+        return np.split(matrix, np.cumsum(lengths)[:-1])
 
     def on_layer(self, callback: Callable[[bool], None]) -> None:
-        self._on_last_layer = lambda: callback(True)
+        self._pipeline.on_device = lambda: callback(True)
 
     def warm_up(self, tokens: int) -> float:
         length = min(128, self.encoder.config.max_tokens)
@@ -166,10 +277,22 @@ class CudaRunner:
         task = self.encoder.config.task
         for size in BUCKETS if self._graphs else ():
             self([Tokens.of([0] * min(size, length))] * max(1, size // length), task)
+        self._plan_full_batch(tokens)
         self(rows, task)
         start = time.perf_counter()
         self(rows, task)
         return len(rows) * length / (time.perf_counter() - start)
+
+    def _plan_full_batch(self, tokens: int) -> None:
+        """Let cuDNN make its plan for a full batch of the longest texts, as long documents that are cut or split make them."""
+        if self._attention is None:
+            return
+        length = self.encoder.config.max_tokens
+        self._attention.full = shape = max(1, tokens // length), length
+        try:
+            self([Tokens.of([0] * length)] * shape[0], self.encoder.config.task)
+        except RuntimeError:  # no such kernel for this device
+            self._attention.full = None
 
     def largest_batch(self, tokens: int) -> int:
         """`tokens`, or the largest half, quarter, … of it that fits the device's memory as matrices of all tokens."""
@@ -185,6 +308,40 @@ class CudaRunner:
             else:
                 return tokens
 
-    def _to_device(self, batch: Batch) -> Batch:
-        pinned = {name: getattr(batch, name).pin_memory() for name in _TENSORS}
-        return replace(batch, **pinned).to(self.device)
+    def _run(self, rows: Sequence[Tokens], task: str, forward: Forward) -> FloatArray:
+        """What a forward makes of the rows, which come last in it."""
+
+        def launch() -> tuple[tuple[Tensor, Tensor], Done]:
+            answer = self._launch(rows, task, forward)
+            host = torch.empty(answer.shape, dtype=torch.float32, pin_memory=True)
+            self._copies.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._copies):
+                host.copy_(answer, non_blocking=True)
+                done = torch.cuda.Event(blocking=sum(map(len, rows)) > _BRIEF)  # type: ignore[no-untyped-call]
+                done.record()
+            return (host, answer), done  # which is kept until it is copied
+
+        with torch.inference_mode(), torch.cuda.device(self.device), self._watched():
+            host, _ = self._pipeline.run(launch)
+        return host.numpy()
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Raises DeviceLost in place of an error after which the device computes nothing more for this process."""
+        try:
+            yield
+        except RuntimeError as error:
+            try:
+                torch.cuda.synchronize()
+            except RuntimeError:
+                raise DeviceLost(f"{self.device} has failed ({error}); a new process is needed") from error
+            raise
+
+    def _launch(self, rows: Sequence[Tokens], task: str, forward: Forward) -> Tensor:
+        """Queue all of a batch on the device."""
+        bucket = find_bucket(rows, self.encoder.config.bert.max_position_embeddings) if self._graphs else None
+        if bucket is not None and self._graphs is not None:
+            return self._graphs(bucket, task, forward, Transfer(pad_to(bucket, rows)))
+        batch = pack(rows)
+        transfer = Transfer(replace(batch, tiles=tiles_of(batch.lengths)))
+        return forward(transfer.batch_in(transfer.data.to(self.device, non_blocking=True)))

@@ -3,7 +3,8 @@
 ModelError
 ├── CheckpointError    files that are missing, broken or do not match the configuration
 ├── UnsupportedModel   a sound checkpoint of a kind that this library does not run
-└── InvalidTokens      token ids that the model cannot take
+├── InvalidTokens      token ids that the model cannot take
+└── DeviceLost         a device that computes nothing more for this process
 """
 
 
@@ -21,3 +22,7 @@ class UnsupportedModel(ModelError):
 
 class InvalidTokens(ModelError):
     """Token ids outside the vocabulary, or a text of no tokens or too many."""
+
+
+class DeviceLost(ModelError):
+    """A device that has failed: whatever this process asks of it from now on fails too."""

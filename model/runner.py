@@ -47,6 +47,7 @@ class Runner(Protocol):
     encoder: Encoder
     kernel: str
     lanes: int  # batches that threads may run at once, at most
+    ahead: int  # batches that more threads may hand over meanwhile, to wait on the device
 
     def __call__(self, rows: Sequence[Tokens], task: Task) -> FloatArray:
         """What the task makes of each row: [N, out] float32."""
@@ -57,7 +58,7 @@ class Runner(Protocol):
     def on_layer(self, callback: Callable[[bool], None]) -> None:
         """Call back as a batch comes to a layer, with whether that is its last: time to form the next one.
 
-        A device that takes all layers in one order tells of the last only.
+        A device that takes all layers in one order tells only that it has come to the batch.
         """
 
     def warm_up(self, tokens: int) -> float:

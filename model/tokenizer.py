@@ -172,7 +172,7 @@ def _share(lengths: list[int], room: int) -> list[int]:
 
 
 def _tokens(encoding: Encoding, pair: bool, with_offsets: bool) -> Tokens:
-    ids = np.array(encoding.ids, dtype=np.int32)
+    ids = np.fromiter(encoding.ids, np.int32, len(encoding))
     types = np.array(encoding.type_ids, dtype=np.int32) if pair else np.zeros(len(ids), dtype=np.int32)
     offsets = np.array(encoding.offsets, dtype=np.int32).reshape(-1, 2) if with_offsets else None
     return Tokens(ids, types, offsets=offsets)

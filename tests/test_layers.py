@@ -16,7 +16,7 @@ LEVELS = {
         {"batch", "hub", "checkpoint", "tokenizer", "windows"},
         {"attention", "pooling"},
         {"bert"},
-        {"compiled", "heads"},
+        {"compiled", "compiled_cuda", "heads"},
         {"encoder", "linear"},
         {"cpu", "cuda", "finetune"},
         {"runner"},

@@ -1,6 +1,8 @@
 """The lanes of an engine process, on a runner that only tells who runs what."""
 
+import os
 import socket
+import sys
 import threading
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 
 from app import frames
 from app.worker import _BRIEF, _Lanes
+from model.errors import DeviceLost
 from model.tokens import Tokens
 
 
@@ -21,6 +24,8 @@ class Runner:
     def __call__(self, rows: list[Tokens], task: str) -> np.ndarray:
         if task == "meet":
             self.meeting.wait()
+        if task == "lose":
+            raise DeviceLost("cuda:0 has failed")
         self.lanes.on_layer(last=True)
         return np.full((len(rows), 1), threading.get_ident(), dtype=np.float64)
 
@@ -70,3 +75,15 @@ def test_a_long_batch_that_is_alone_tells_when_it_ends(engine):
     send(engine, 7, tokens=_BRIEF + 1, alone=True)
     assert frames.receive(engine).head["ending"]
     assert frames.receive(engine).head["number"] == 7
+
+
+def test_a_lost_device_ends_the_process_for_its_keeper_to_start_another(capfd, monkeypatch):
+    ended = []
+    monkeypatch.setattr(os, "_exit", lambda code: ended.append(code) or sys.exit())
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        send(ours, 0, tokens=8, alone=False, task="lose")
+        with pytest.raises(SystemExit):
+            _Lanes(theirs, Runner(), 1, 1).run()
+    assert ended == [1]
+    assert capfd.readouterr().err == "bertd.engine: cuda:0 has failed\n"

@@ -1,0 +1,226 @@
+"""The kernels of kernels.cu, compiled at start for one GPU and the sizes of a checkpoint.
+
+NVRTC, the compiler that comes with torch, needs no toolkit on the machine. Where it is missing, or the GPU or the sizes do not
+fit, torch's own kernels do the work; `attend_reference` and torch's LayerNorm judge these in the tests.
+"""
+
+import ctypes
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model.batch import Batch
+from model.bert import ACTIVATIONS, AddNorm, Bert, Embeddings, FeedForward
+from model.config import BertConfig
+
+QUERIES = 32  # of a tile, at most
+_WARPS = 4  # of a block of attention
+_ROWS = 4  # of a block of the other kernels
+# By the size of a head, as measured on an H100: blocks of attention that a multiprocessor is to have at once, and tokens of the
+# longest text of a batch with which it is faster than torch's varlen flash attention.
+_BLOCKS = {32: 4, 64: 1}
+_LONGEST = {32: 512, 64: 256}
+_DTYPES = (torch.bfloat16, torch.float16)
+_SOURCES = ("instructions.cu", "kernels.cu")
+_POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
+_SIGNATURES = {
+    "add_layer_norm": (*[_POINTER] * 5, _INT, _FLOAT),
+    "embed": (*[_POINTER, _POINTER, _INT] * 3, *[_POINTER] * 3, _INT, _FLOAT),
+    "attend": (*[_POINTER] * 4, *[_INT] * 3, _POINTER, _INT, _FLOAT),
+}
+
+
+def is_ampere(device: torch.device) -> bool:
+    """Whether a GPU has the matrix instructions that these kernels and torch's flash attention are made of."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def macros(config: BertConfig, dtype: torch.dtype) -> dict[str, int]:
+    """What kernels.cu has to be told."""
+    sizes = {"HIDDEN": config.hidden_size, "HEAD": config.head_size}
+    blocks = {"QUERIES": QUERIES, "WARPS": _WARPS, "BLOCKS": _BLOCKS[config.head_size], "ROWS": _ROWS}
+    return sizes | blocks | ({"BFLOAT16": 1} if dtype == torch.bfloat16 else {})
+
+
+class Kernels:
+    """kernels.cu on one device, for one dtype and the sizes of one encoder."""
+
+    def __init__(self, config: BertConfig, device: torch.device, dtype: torch.dtype) -> None:
+        """Raises RuntimeError where it does not compile, ImportError where there is no compiler."""
+        from cuda.bindings import driver
+
+        self.device = device
+        self._driver = driver
+        image = _compile(macros(config, dtype), torch.cuda.get_device_capability(device))
+        with torch.cuda.device(device):
+            torch.cuda.synchronize()  # so that the device has a context to load into
+            self._module = self._check(driver.cuModuleLoadData(image))
+            self._functions = {name: self._check(driver.cuModuleGetFunction(self._module, name.encode())) for name in _SIGNATURES}
+
+    def launch(self, name: str, blocks: tuple[int, int], threads: int, values: tuple[float, ...]) -> None:
+        """Queue a kernel on the current stream of the device."""
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        arguments = (values, _SIGNATURES[name])
+        self._check(self._driver.cuLaunchKernel(self._functions[name], *blocks, 1, threads, 1, 1, 0, stream, arguments, 0))
+
+    def _check(self, answer: Sequence[Any]) -> Any:
+        status, *values = answer
+        if status != self._driver.CUresult.CUDA_SUCCESS:
+            raise RuntimeError(f"the CUDA driver answered {status.name}")
+        return values[0] if values else None
+
+
+def _compile(defined: dict[str, int], capability: tuple[int, int]) -> bytes:
+    """Machine code for a GPU of that compute capability."""
+    from cuda.bindings import nvrtc
+
+    source = "".join((Path(__file__).parent / name).read_text(encoding="utf-8") for name in _SOURCES)
+    _, program = nvrtc.nvrtcCreateProgram(source.encode(), b"kernels.cu", 0, [], [])
+    options = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}", *(f"-D{name}={value}" for name, value in defined.items())]
+    (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        log = bytes(nvrtc.nvrtcGetProgramLogSize(program)[1])
+        nvrtc.nvrtcGetProgramLog(program, log)
+        raise RuntimeError(f"kernels.cu does not compile: {log.decode(errors='replace')}")
+    image = bytes(nvrtc.nvrtcGetCUBINSize(program)[1])
+    nvrtc.nvrtcGetCUBIN(program, image)
+    nvrtc.nvrtcDestroyProgram(program)
+    return image
+
+
+def compile_kernels(config: BertConfig, device: torch.device, dtype: torch.dtype) -> Kernels | None:
+    """The kernels for an encoder; None where they can't be had, or its sizes do not fit them."""
+    fit = config.hidden_size % 8 == 0 and config.head_size in _BLOCKS
+    if dtype not in _DTYPES or not fit or not is_ampere(device):
+        return None
+    try:
+        return Kernels(config, device, dtype)
+    except (ImportError, RuntimeError):
+        return None
+
+
+def tiles_of(lengths: np.ndarray, count: int | None = None) -> Tensor:
+    """Neighbouring queries of one text, at most `QUERIES` a tile: [M, 4] int32.
+
+    Each is the first row, the rows, and the rows of the text, the last exclusive; empty ones fill up to `count`.
+    """
+    ends = np.cumsum(lengths)
+    tiles = -(-lengths // QUERIES)  # of each text
+    text = np.repeat(np.arange(len(lengths)), tiles)
+    start, end = (ends - lengths)[text], ends[text]
+    first = start + QUERIES * (np.arange(len(text)) - np.repeat(np.cumsum(tiles) - tiles, tiles))
+    table = np.zeros((len(text) if count is None else count, 4), np.int32)
+    for column, values in enumerate((first, np.minimum(end - first, QUERIES), start, end)):
+        table[: len(text), column] = values
+    return torch.from_numpy(table)
+
+
+class TileAttention:
+    """Attention tile by tile, from the views in place; what it gives for a text is bit-equal in any batch."""
+
+    def __init__(self, kernels: Kernels, head_size: int) -> None:
+        self.longest = _LONGEST[head_size]
+        self._kernels = kernels
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, heads: int) -> Tensor:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        tiles = batch.tiles if len(q) == len(k) else _one_query_each(batch)
+        assert tiles is not None
+        scale = math.log2(math.e) / math.sqrt(q.shape[1] // heads)
+        pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
+        strides = (q.stride(0), k.stride(0), out.stride(0))
+        blocks = (-(-len(tiles) // _WARPS), heads)
+        self._kernels.launch("attend", blocks, 32 * _WARPS, (*pointers, *strides, tiles.data_ptr(), len(tiles), scale))
+        return out
+
+
+def _one_query_each(batch: Batch) -> Tensor:
+    starts, ends = batch.cu_seqlens[:-1], batch.cu_seqlens[1:]
+    return torch.stack([batch.cu_texts[:-1], torch.ones_like(starts), starts, ends], dim=1)
+
+
+class FusedEmbeddings(nn.Module):
+    """Embeddings in one pass over memory: LayerNorm of token + segment + position, with the sum never rounded: [T, H]."""
+
+    def __init__(self, embeddings: nn.Module, kernels: Kernels) -> None:
+        super().__init__()
+        assert isinstance(embeddings, Embeddings)
+        self._kernels = kernels
+        self.tables = [table.weight for table in (embeddings.token, embeddings.segment, embeddings.position)]
+        self.norm = embeddings.norm
+
+    def forward(self, batch: Batch) -> Tensor:
+        weight, bias = self.norm.weight, self.norm.bias
+        out = torch.empty(len(batch.input_ids), len(weight), dtype=weight.dtype, device=weight.device)
+        places = zip((batch.input_ids, batch.type_ids, batch.positions), self.tables, strict=True)
+        tables = [value for index, table in places for value in (index.data_ptr(), table.data_ptr(), len(table))]
+        values = (*tables, weight.data_ptr(), bias.data_ptr(), out.data_ptr(), len(out), self.norm.eps)
+        self._kernels.launch("embed", (-(-len(out) // _ROWS), 1), 32 * _ROWS, values)
+        return out
+
+
+class FusedAddNorm(nn.Module):
+    """AddNorm in one pass over memory: LayerNorm of x + residual, both [T, H], with the sum never rounded."""
+
+    def __init__(self, norm: nn.Module, kernels: Kernels) -> None:
+        super().__init__()
+        assert isinstance(norm, AddNorm)
+        self._kernels = kernels
+        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        out = torch.empty_like(x)
+        pointers = (t.data_ptr() for t in (x, residual, self.weight, self.bias, out))
+        self._kernels.launch("add_layer_norm", (-(-len(x) // _ROWS), 1), 32 * _ROWS, (*pointers, len(x), self.eps))
+        return out
+
+
+class GeluLinear(nn.Module):
+    """GELU(x Wᵀ + b) in one product of cuBLAS, which has only the GELU by tanh: [T, in] -> [T, out].
+
+    For bfloat16 it is the more exact way: the sum goes into GELU unrounded, which outweighs what tanh is off by.
+    """
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        assert isinstance(linear, nn.Linear)
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch._addmm_activation(self.bias, x, self.weight.t(), use_gelu=True)
+
+
+def replace_kernels(bert: Bert, kernels: Kernels) -> None:
+    """Swap the embeddings and every AddNorm of the encoder for the fused ones."""
+    bert.embeddings = FusedEmbeddings(bert.embeddings, kernels)
+    for layer in bert.layers:
+        layer.attention_norm = FusedAddNorm(layer.attention_norm, kernels)
+        layer.feed_forward_norm = FusedAddNorm(layer.feed_forward_norm, kernels)
+
+
+def fuse_gelu(bert: Bert) -> bool:
+    """Move GELU into the first product of every feed-forward; whether that was done."""
+    gelus = (ACTIVATIONS["gelu"], ACTIVATIONS["gelu_new"])
+    if not all(_fuses(layer.feed_forward) and layer.feed_forward.activation in gelus for layer in bert.layers):
+        return False
+    for layer in bert.layers:
+        layer.feed_forward.up = GeluLinear(layer.feed_forward.up)
+        layer.feed_forward.activation = nn.Identity()
+    return True
+
+
+def _fuses(feed_forward: FeedForward) -> bool:
+    """Whether torch's private operator is there and right: it is no part of the public interface."""
+    linear = feed_forward.up
+    assert isinstance(linear, nn.Linear)
+    x = torch.randn(16, linear.in_features, dtype=linear.weight.dtype, device=linear.weight.device)
+    try:
+        return torch.allclose(GeluLinear(linear)(x), F.gelu(linear(x)), rtol=0.02, atol=0.02)
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError):
+        return False
