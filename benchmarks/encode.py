@@ -28,7 +28,7 @@ from model.hub import find_model
 from model.runner import available_cores
 
 COUNTS = {"minilm": {"short": 600, "mixed": 120, "long": 24}, "base": {"short": 150, "mixed": 64, "long": 6}}
-_MORE_ON_CUDA = {"short": 100, "mixed": 100, "long": 300}  # times as many texts, lest a pass be over in a moment
+MORE_ON_CUDA = {"short": 100, "mixed": 100, "long": 300}  # times as many texts, lest a pass be over in a moment
 
 
 @dataclass
@@ -137,7 +137,7 @@ def main() -> None:
             peers = {name: Peer(name, folder, options.device, options.threads) for name in options.peers}
             peers = {name: peer for name, peer in peers.items() if peer.works}
             for name in options.workloads:
-                workload = make_workload(name, COUNTS[model][name] * (_MORE_ON_CUDA[name] if cuda else 1), folder)
+                workload = make_workload(name, COUNTS[model][name] * (MORE_ON_CUDA[name] if cuda else 1), folder)
                 rows = measure(peers, folder, workload, options)
                 title = f"**{model}, {name}** ({len(workload.texts)} texts, {workload.lengths.mean():.0f} tokens on average)"
                 lines += ["", title, "", HEADER, *rows]

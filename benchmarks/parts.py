@@ -1,20 +1,26 @@
-"""Where a forward spends its time, and what the size of a batch does: python -m benchmarks.parts [--dtype float32]"""
+"""Where a forward spends its time, and what the size of a batch does: python -m benchmarks.parts [--dtype float32]
+
+With `--device cuda` only the latter: a device works on while its launches return. Texts are tokenized beforehand.
+"""
 
 import argparse
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from statistics import median
 
-from benchmarks.encode import COUNTS
+from benchmarks.encode import COUNTS, MORE_ON_CUDA, model_folder
+from benchmarks.machine import matrix_rate
 from benchmarks.workloads import Workload, make_workload
 from model.config import ModelConfig, PoolingMode
-from model.hub import find_model
 from model.runner import Runner, available_cores, make_runner
 from model.tokenizer import Tokenizer
 from model.tokens import Tokens
 
-SIZES = (512, 1024, 2048, 4096, 8192)
+SIZES = {"cpu": (512, 1024, 2048, 4096, 8192), "cuda": (4096, 8192, 16384, 32768, 65536)}
 
 
 def batches(rows: Sequence[Tokens], size: int) -> Iterator[list[Tokens]]:
@@ -31,9 +37,14 @@ def batches(rows: Sequence[Tokens], size: int) -> Iterator[list[Tokens]]:
 
 
 def seconds_of(runner: Runner, rows: Sequence[Tokens], size: int, pooling: PoolingMode = "mean") -> float:
+    """Of all batches, with the next one launched behind the running one where a device takes it."""
     start = time.perf_counter()
-    for batch in batches(rows, size):
-        runner(batch, pooling)
+    if runner.ahead:
+        with ThreadPoolExecutor(runner.lanes + runner.ahead) as callers:
+            list(callers.map(lambda batch: runner(batch, pooling), batches(rows, size)))
+    else:
+        for batch in batches(rows, size):
+            runner(batch, pooling)
     return time.perf_counter() - start
 
 
@@ -79,29 +90,40 @@ def flops_of(workload: Workload, config: ModelConfig) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="minilm", choices=COUNTS)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--workloads", nargs="+", default=["short", "mixed", "long"])
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    folder = find_model("sentence-transformers/all-MiniLM-L6-v2")
+    with tempfile.TemporaryDirectory() as scratch:
+        tell(options, model_folder(options.model, Path(scratch)))
+
+
+def tell(options: argparse.Namespace, folder: Path) -> None:
+    cuda = options.device == "cuda"
     config = ModelConfig.from_folder(folder)
     tokenizer = Tokenizer.from_folder(folder, config)
-    plain, choice = make_runner(folder, dtype=options.dtype, threads=available_cores())
-    watched, _ = make_runner(folder, dtype=options.dtype, threads=available_cores())
-    spent = watch_parts(watched)
+    plain, choice = make_runner(folder, options.device, options.dtype, available_cores())
+    plain.warm_up(choice.max_batch_tokens)
     for name in options.workloads:
-        workload = make_workload(name, COUNTS["minilm"][name], folder)
+        workload = make_workload(name, COUNTS[options.model][name] * (MORE_ON_CUDA[name] if cuda else 1), folder)
         rows, flops = tokenizer.encode(workload.texts, max_tokens=512), workload.flops(config)
         times: dict[int, list[float]] = defaultdict(list)
         gains = []
         for _ in range(options.rounds):
             full, first = (seconds_of(plain, rows, choice.max_batch_tokens, pooling) for pooling in ("mean", "cls"))
             gains.append(full / first)
-            for size in SIZES:
+            for size in SIZES[options.device]:
                 times[size].append(seconds_of(plain, rows, size))
         rates = ", ".join(f"{size}: {flops / median(found) / 1e9:.0f}" for size, found in times.items())
-        print(f"{name}, {options.dtype}, GFLOP/s by tokens in a batch: {rates}")
+        peak = matrix_rate(options.dtype, options.device, choice.threads) / 1e9
+        print(f"{options.model}, {name}, {options.dtype}, GFLOP/s by tokens in a batch: {rates}; large products: {peak:.0f}")
         print(f"  pooled by [CLS]: {median(gains):.2f} times as fast as by the mean")
+        if cuda:
+            continue
+        watched, _ = make_runner(folder, options.device, options.dtype, available_cores())
+        spent = watch_parts(watched)
         seconds_of(watched, rows, choice.max_batch_tokens)
         spent.clear()
         total = seconds_of(watched, rows, choice.max_batch_tokens)

@@ -11,9 +11,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
-from itertools import islice
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from itertools import accumulate, islice
+from multiprocessing import get_context
 from pathlib import Path
 from threading import Condition, Event
 
@@ -28,21 +28,20 @@ _CHARACTERS_AT_ONCE = 100_000  # that are tokenized while a device computes thos
 def bertd(dtype: str, folder: Path, device: str, threads: int) -> Encode:
     """Ours: the library as it is, texts in the order in which they come, packed batches on as many lanes as there are.
 
-    A device that takes batches ahead computes while the next texts are tokenized, as it does in the server.
+    A device that takes batches ahead computes while other processes tokenize, as the API process does in the server.
     """
     from app.waiting import Job, Queue
     from model.config import ModelConfig
     from model.runner import make_runner, use_threads
-    from model.tokenizer import Tokenizer
     from model.vectors import normalize
 
     config = ModelConfig.from_folder(folder)
-    tokenizer = Tokenizer.from_folder(folder, config)
+    _load_tokenizer(folder)
     runner, choice = make_runner(folder, device=device, dtype=dtype, threads=threads)
     runner.warm_up(choice.max_batch_tokens)
     callers = choice.lanes + runner.ahead
     pool = ThreadPoolExecutor(callers, initializer=use_threads, initargs=(max(1, threads // choice.lanes),))
-    readers = ThreadPoolExecutor(2)  # while one makes rows of what the library has read, it reads for the other
+    readers = ProcessPoolExecutor(2, get_context("spawn"), _load_tokenizer, (folder,)) if runner.ahead else None
     turn = Condition()
     free = callers
 
@@ -64,11 +63,11 @@ def bertd(dtype: str, folder: Path, device: str, threads: int) -> Encode:
 
     def encode(texts: Sequence[str]) -> np.ndarray:
         if len(texts) == 1:
-            return normalize(runner(tokenizer.encode(texts, max_tokens=_MAX_TOKENS), config.pooling))
+            return normalize(runner(_rows(_tokenize(texts)), config.pooling))
         queue, read, jobs, running = Queue(choice.max_batch_tokens), Event(), [], []
-        step = max(1, len(texts) * _CHARACTERS_AT_ONCE // sum(map(len, texts))) if runner.ahead else len(texts)
-        slices = (texts[start : start + step] for start in range(0, len(texts), step))
-        for rows in readers.map(partial(tokenizer.encode, max_tokens=_MAX_TOKENS), slices):
+        step = max(1, len(texts) * _CHARACTERS_AT_ONCE // sum(map(len, texts))) if readers else len(texts)
+        slices = [texts[start : start + step] for start in range(0, len(texts), step)]
+        for rows in map(_rows, readers.map(_tokenize, slices) if readers else map(_tokenize, slices)):
             jobs.append(Job(config.pooling, Future(), 0.0, [None] * len(rows)))
             with turn:
                 queue.add(jobs[-1], rows)
@@ -83,6 +82,28 @@ def bertd(dtype: str, folder: Path, device: str, threads: int) -> Encode:
         return normalize(np.stack([vector for job in jobs for vector in job.outcomes]))
 
     return encode
+
+
+def _load_tokenizer(folder: Path) -> None:
+    global _tokenizer
+    from model.config import ModelConfig
+    from model.tokenizer import Tokenizer
+
+    _tokenizer = Tokenizer.from_folder(folder, ModelConfig.from_folder(folder))
+
+
+def _tokenize(texts: Sequence[str]) -> tuple[list[int], np.ndarray]:
+    """The tokens of each text, and their ids end to end: what goes from one process to another in no time."""
+    rows = _tokenizer.encode(texts, max_tokens=_MAX_TOKENS)
+    return [len(row) for row in rows], np.concatenate([row.ids for row in rows])
+
+
+def _rows(tokenized: tuple[list[int], np.ndarray]) -> list:
+    from model.tokens import Tokens
+
+    lengths, ids = tokenized
+    types = np.zeros(max(lengths), np.int32)
+    return [Tokens(ids[end - length : end], types[:length]) for length, end in zip(lengths, accumulate(lengths), strict=True)]
 
 
 def sentence_transformers(dtype: str, folder: Path, device: str, threads: int) -> Encode:

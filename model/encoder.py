@@ -56,7 +56,10 @@ class Encoder(nn.Module):
             raise UnsupportedModel(f"the checkpoint has no pooling {task!r}; wanted one of {', '.join(tasks)}")
         if POOL.get(task) is first_rows:
             return self._finish(self.bert.first_rows(batch), task)
-        hidden = self.bert(batch)
+        return self.pool(self.bert(batch), batch, task)
+
+    def pool(self, hidden: Tensor, batch: Batch, task: Task) -> Tensor:
+        """One row per text, [N, out] float32, from hidden rows that are there already: [T, H]."""
         if self.masked_lm is not None:
             weights: Tensor = self.masked_lm(hidden.float(), batch)
             return weights
