@@ -225,6 +225,12 @@ class Pipeline:
         return answer
 
 
+def _texts_of(tokens: int, length: int) -> list[Tokens]:
+    """So many tokens as texts of that length, and one with the rest."""
+    texts = [Tokens.of([0] * length)] * (tokens // length)
+    return [*texts, Tokens.of([0] * (tokens % length))] if tokens % length else texts
+
+
 class CudaRunner:
     """Runs an encoder on one GPU: what is computed in order on one stream, what goes back to the host on another.
 
@@ -272,25 +278,25 @@ class CudaRunner:
         self._pipeline.on_device = lambda: callback(True)
 
     def warm_up(self, tokens: int) -> float:
-        length = min(128, self.encoder.config.max_tokens)
-        rows = [Tokens.of([0] * length)] * max(1, tokens // length)
-        task = self.encoder.config.task
+        longest, task = self.encoder.config.max_tokens, self.encoder.config.task
         for size in BUCKETS if self._graphs else ():
-            self([Tokens.of([0] * min(size, length))] * max(1, size // length), task)
+            for length in {min(size, longest, _SHORT), min(size, longest)}:
+                self(_texts_of(size, length), task)
         self._plan_full_batch(tokens)
+        rows = _texts_of(tokens, min(128, longest))
         self(rows, task)
         start = time.perf_counter()
         self(rows, task)
-        return len(rows) * length / (time.perf_counter() - start)
+        return sum(map(len, rows)) / (time.perf_counter() - start)
 
     def _plan_full_batch(self, tokens: int) -> None:
         """Let cuDNN make its plan for a full batch of the longest texts, as long documents that are cut or split make them."""
-        if self._attention is None:
-            return
         length = self.encoder.config.max_tokens
-        self._attention.full = shape = max(1, tokens // length), length
+        if self._attention is None or tokens < length:
+            return
+        self._attention.full = tokens // length, length
         try:
-            self([Tokens.of([0] * length)] * shape[0], self.encoder.config.task)
+            self(_texts_of(tokens - tokens % length, length), self.encoder.config.task)
         except RuntimeError:  # no such kernel for this device
             self._attention.full = None
 
@@ -299,7 +305,7 @@ class CudaRunner:
         length = self.encoder.config.max_tokens
         while True:
             try:
-                self.hidden([Tokens.of([0] * length)] * max(1, tokens // length))
+                self.hidden(_texts_of(tokens, length))
             except torch.cuda.OutOfMemoryError:
                 torch.cuda.empty_cache()
                 if tokens <= length:

@@ -125,7 +125,7 @@ def _find_dtype(device: torch.device, name: str) -> torch.dtype:
     known = DTYPES[device.type]
     if name not in known:
         raise UnsupportedModel(f"dtype {name} is not supported on {device.type}; supported are {', '.join(known)}")
-    if device.type == "cuda" and name == "auto" and not torch.cuda.is_bf16_supported():
+    if device.type == "cuda" and name == "auto" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.float16
     return known[name]
 

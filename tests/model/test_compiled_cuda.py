@@ -132,3 +132,13 @@ def test_embeddings_are_those_of_the_tables(emulate) -> None:
     with torch.inference_mode():
         found = FusedEmbeddings(embeddings, emulate(**SIZES))(batch)
         torch.testing.assert_close(found, embeddings.float()(batch).bfloat16(), rtol=0.01, atol=1e-3)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("hidden", "heads"), [(384, 12), (768, 12), (1024, 16)])
+def test_the_kernels_compile_for_every_generation_of_gpus(capability, dtype, hidden, heads) -> None:
+    """Where torch has come with CUDA's compiler: it needs no GPU."""
+    pytest.importorskip("cuda.bindings.nvrtc")
+    config = BertConfig(hidden_size=hidden, num_attention_heads=heads)
+    assert compiled_cuda._compile(macros(config, dtype), capability).startswith(b"\x7fELF")

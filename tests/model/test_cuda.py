@@ -15,7 +15,7 @@ from transformers import BertForMaskedLM, BertForSequenceClassification
 from model.attention import attend_reference, attend_sdpa
 from model.batch import pack
 from model.compiled_cuda import tiles_of
-from model.cuda import BUCKETS, Bucket, CudaRunner, GraphPool, Pipeline, Transfer, find_bucket, pad_to
+from model.cuda import BUCKETS, Bucket, CudaRunner, FastestAttention, GraphPool, Pipeline, Transfer, find_bucket, pad_to
 from model.encoder import Encoder
 from model.runner import make_runner
 from model.tokens import Tokens
@@ -143,6 +143,31 @@ def test_a_launch_that_fails_leaves_the_turn_to_the_next() -> None:
         pipeline.run(lambda: 1 // 0)
     device.ends["first"].set()
     assert pipeline.run(lambda: device.launch("first")) == "first"
+
+
+class Recorded(CudaRunner):
+    """Notes the rows that it is called with, on no device."""
+
+    def __init__(self, encoder) -> None:
+        self.encoder = encoder
+        self.ran = []
+        self._graphs, self._attention = object(), FastestAttention(None)
+
+    def __call__(self, rows, task):
+        assert task == self.encoder.config.task
+        self.ran.append(rows)
+
+
+@pytest.mark.parametrize("tokens", [32768, 33000, 100])
+def test_warming_up_runs_every_graph_and_a_full_batch_of_the_longest_texts(make_checkpoint, tokens) -> None:
+    runner = Recorded(Encoder.from_folder(make_checkpoint()))
+    assert runner.warm_up(tokens) > 0
+    buckets = [find_bucket(rows, 512) for rows in runner.ran]
+    assert {Bucket(size, 256) for size in BUCKETS} | {Bucket(size, 512) for size in BUCKETS if size > 256} <= set(buckets)
+    assert sum(map(len, runner.ran[-1])) == tokens
+    full = [len(rows) for rows in runner.ran if all(len(row) == 512 for row in rows)]
+    assert runner._attention.full == (None if tokens < 512 else (64, 512))
+    assert tokens < 512 or 64 in full
 
 
 def test_buckets_rise() -> None:
