@@ -14,7 +14,7 @@ COPY pyproject.toml README.md ./
 COPY app app
 COPY model model
 RUN /build/bin/pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir /wheel . \
-    && python -m zipfile --list /wheel/*.whl | grep --quiet '^model/kernels.cu' \
+    && test "$(python -m zipfile --list /wheel/*.whl | grep --count '^model/.*\.cu')" = 2 \
     && { [ "$(uname -m)" != x86_64 ] || python -m zipfile --list /wheel/*.whl | grep --quiet '^model/_kernels'; }
 
 FROM base AS strip

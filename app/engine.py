@@ -69,7 +69,10 @@ class EngineOptions:
 
 
 class EngineDied(Exception):
-    """The process is gone. `running` tells a batch that it was working on from one that waited in the pipe."""
+    """The process is gone. `running` tells a batch that it was working on from one that waited in the pipe.
+
+    Of two that a GPU has, the first counts as running, though the other may have been the end of both.
+    """
 
     def __init__(self, running: bool) -> None:
         super().__init__("the engine process died")

@@ -7,7 +7,7 @@ import argparse
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
@@ -20,6 +20,7 @@ from model.runner import Runner, available_cores, make_runner
 from model.tokenizer import Tokenizer
 from model.tokens import Tokens
 
+Map = Callable[..., Iterable]
 SIZES = {"cpu": (512, 1024, 2048, 4096, 8192), "cuda": (4096, 8192, 16384, 32768, 65536)}
 
 
@@ -36,15 +37,11 @@ def batches(rows: Sequence[Tokens], size: int) -> Iterator[list[Tokens]]:
     yield batch
 
 
-def seconds_of(runner: Runner, rows: Sequence[Tokens], size: int, pooling: PoolingMode = "mean") -> float:
-    """Of all batches, with the next one launched behind the running one where a device takes it."""
+def seconds_of(runner: Runner, rows: Sequence[Tokens], size: int, pooling: PoolingMode = "mean", run: Map = map) -> float:
+    """Of all batches; `run` may hand one over while another runs."""
     start = time.perf_counter()
-    if runner.ahead:
-        with ThreadPoolExecutor(runner.lanes + runner.ahead) as callers:
-            list(callers.map(lambda batch: runner(batch, pooling), batches(rows, size)))
-    else:
-        for batch in batches(rows, size):
-            runner(batch, pooling)
+    for _ in run(lambda batch: runner(batch, pooling), batches(rows, size)):
+        pass
     return time.perf_counter() - start
 
 
@@ -106,16 +103,18 @@ def tell(options: argparse.Namespace, folder: Path) -> None:
     tokenizer = Tokenizer.from_folder(folder, config)
     plain, choice = make_runner(folder, options.device, options.dtype, available_cores())
     plain.warm_up(choice.max_batch_tokens)
+    run = ThreadPoolExecutor(plain.lanes + plain.ahead).map if plain.ahead else map
     for name in options.workloads:
         workload = make_workload(name, COUNTS[options.model][name] * (MORE_ON_CUDA[name] if cuda else 1), folder)
         rows, flops = tokenizer.encode(workload.texts, max_tokens=512), workload.flops(config)
         times: dict[int, list[float]] = defaultdict(list)
         gains = []
+        seconds_of(plain, rows, choice.max_batch_tokens, run=run)
         for _ in range(options.rounds):
-            full, first = (seconds_of(plain, rows, choice.max_batch_tokens, pooling) for pooling in ("mean", "cls"))
+            full, first = (seconds_of(plain, rows, choice.max_batch_tokens, pooling, run) for pooling in ("mean", "cls"))
             gains.append(full / first)
             for size in SIZES[options.device]:
-                times[size].append(seconds_of(plain, rows, size))
+                times[size].append(seconds_of(plain, rows, size, run=run))
         rates = ", ".join(f"{size}: {flops / median(found) / 1e9:.0f}" for size, found in times.items())
         peak = matrix_rate(options.dtype, options.device, choice.threads) / 1e9
         print(f"{options.model}, {name}, {options.dtype}, GFLOP/s by tokens in a batch: {rates}; large products: {peak:.0f}")

@@ -1,7 +1,8 @@
 """One encoder in a process of its own: python -m benchmarks.peers NAME FOLDER DEVICE THREADS
 
 Answers each line on standard input, the path of a JSON list of texts, with the seconds of one pass over them, tokenization
-included, and the peak of its memory in MiB since it was given another list.
+included, and the peak of the process's own memory in MiB since it was given another list: what it has kept from the list before
+counts, what helpers of its have does not.
 """
 
 import json
@@ -42,6 +43,8 @@ def bertd(dtype: str, folder: Path, device: str, threads: int) -> Encode:
     callers = choice.lanes + runner.ahead
     pool = ThreadPoolExecutor(callers, initializer=use_threads, initargs=(max(1, threads // choice.lanes),))
     readers = ProcessPoolExecutor(2, get_context("spawn"), _load_tokenizer, (folder,)) if runner.ahead else None
+    for started in [readers.submit(_tokenize, ["ready"]) for _ in range(2)] if readers else ():
+        started.result()
     turn = Condition()
     free = callers
 
@@ -64,19 +67,22 @@ def bertd(dtype: str, folder: Path, device: str, threads: int) -> Encode:
     def encode(texts: Sequence[str]) -> np.ndarray:
         if len(texts) == 1:
             return normalize(runner(_rows(_tokenize(texts)), config.pooling))
-        queue, read, jobs, running = Queue(choice.max_batch_tokens), Event(), [], []
+        queue, read, jobs = Queue(choice.max_batch_tokens), Event(), []
         step = max(1, len(texts) * _CHARACTERS_AT_ONCE // sum(map(len, texts))) if readers else len(texts)
         slices = [texts[start : start + step] for start in range(0, len(texts), step)]
-        for rows in map(_rows, readers.map(_tokenize, slices) if readers else map(_tokenize, slices)):
-            jobs.append(Job(config.pooling, Future(), 0.0, [None] * len(rows)))
+        running = []
+        try:
+            for rows in map(_rows, readers.map(_tokenize, slices) if readers else map(_tokenize, slices)):
+                jobs.append(Job(config.pooling, Future(), 0.0, [None] * len(rows)))
+                with turn:
+                    queue.add(jobs[-1], rows)
+                    turn.notify_all()
+                if not running:
+                    running = [pool.submit(run_lane, queue, queue.share(free, choice.lanes), read) for _ in range(callers)]
+        finally:
             with turn:
-                queue.add(jobs[-1], rows)
+                read.set()
                 turn.notify_all()
-            if not running:
-                running = [pool.submit(run_lane, queue, queue.share(free, choice.lanes), read) for _ in range(callers)]
-        with turn:
-            read.set()
-            turn.notify_all()
         for lane in running:
             lane.result()
         return normalize(np.stack([vector for job in jobs for vector in job.outcomes]))

@@ -12,6 +12,7 @@ import asyncio
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -224,7 +225,7 @@ def measure(server: Server, texts: list[str], options: argparse.Namespace) -> li
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peers", nargs="+", default=["bertd float32", "infinity"])
+    parser.add_argument("--peers", nargs="+", help="default: bertd in the dtype that it takes there, and on a CPU infinity")
     parser.add_argument("--workload", default="short")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--clients", nargs="+", type=int, default=[1, 8, 64, 256])
@@ -241,6 +242,7 @@ def main() -> None:
         measure(Server("given", options.url, options.field), texts, options)
         return
     dtype = "float32" if options.device == "cpu" else "bfloat16"
+    options.peers = options.peers or [f"bertd {dtype}", *["infinity"] * (options.device == "cpu")]
     rate, alone = library_rate(dtype, texts, folder, options.device)
     rows.append(f"Our library, {dtype}, in one process: {rate:.0f} texts/s; a lone text {alone:.2f} ms (median).")
     print(rows[0])
@@ -249,9 +251,8 @@ def main() -> None:
         with started(peer, folder, options.device) as server:
             rows += measure(server, texts, options)
     if options.write:
-        what = f"--workload {options.workload} --device {options.device} --seconds {options.seconds}"
         name = f"serve-{options.workload}{'' if options.device == 'cpu' else '-cuda'}"
-        about = f"`python -m benchmarks.serve {what}`, {describe_machine(options.device)}."
+        about = f"`{shlex.join(['python', '-m', 'benchmarks.serve', *sys.argv[1:]])}`, {describe_machine(options.device)}."
         write_section(name, "\n".join([about, "", *rows]))
 
 

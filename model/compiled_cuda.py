@@ -5,6 +5,7 @@ fit, torch's own kernels do the work; `attend_reference` and torch's LayerNorm j
 """
 
 import ctypes
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,14 +20,16 @@ from model.batch import Batch
 from model.bert import ACTIVATIONS, AddNorm, Bert, Embeddings, FeedForward
 from model.config import BertConfig
 
+log = logging.getLogger("bertd.engine")
+
 QUERIES = 32  # of a tile, at most
 _WARPS = 4  # of a block of attention
 _ROWS = 4  # of a block of the other kernels
 # By the size of a head, as measured on an H100: blocks of attention that a multiprocessor is to have at once, and tokens of the
-# longest text of a batch with which it is faster than torch's varlen flash attention.
+# longest text up to which it is faster than torch's varlen flash attention on a batch of many lengths.
 _BLOCKS = {32: 4, 64: 1}
 _LONGEST = {32: 512, 64: 256}
-_DTYPES = (torch.bfloat16, torch.float16)
+HALF = (torch.bfloat16, torch.float16)
 _SOURCES = ("instructions.cu", "kernels.cu")
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 _SIGNATURES = {
@@ -36,8 +39,8 @@ _SIGNATURES = {
 }
 
 
-def is_ampere(device: torch.device) -> bool:
-    """Whether a GPU has the matrix instructions that these kernels and torch's flash attention are made of."""
+def is_ampere_or_newer(device: torch.device) -> bool:
+    """Whether a GPU has bfloat16, and the instructions that these kernels and torch's flash attention are made of."""
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
@@ -96,12 +99,12 @@ def _compile(defined: dict[str, int], capability: tuple[int, int]) -> bytes:
 
 def compile_kernels(config: BertConfig, device: torch.device, dtype: torch.dtype) -> Kernels | None:
     """The kernels for an encoder; None where they can't be had, or its sizes do not fit them."""
-    fit = config.hidden_size % 8 == 0 and config.head_size in _BLOCKS
-    if dtype not in _DTYPES or not fit or not is_ampere(device):
+    if dtype not in HALF or config.head_size not in _BLOCKS or not is_ampere_or_newer(device):
         return None
     try:
         return Kernels(config, device, dtype)
-    except (ImportError, RuntimeError):
+    except (ImportError, RuntimeError) as error:
+        log.warning("the kernels for GPUs are not used, torch's are: %s", error)
         return None
 
 

@@ -15,17 +15,18 @@ from torch import Tensor
 from model.attention import attend_sdpa
 from model.batch import Batch, by_length, pack
 from model.compiled_cuda import (
+    HALF,
     QUERIES,
     TileAttention,
     compile_kernels,
     fuse_gelu,
-    is_ampere,
+    is_ampere_or_newer,
     replace_kernels,
     tiles_of,
 )
 from model.config import Task
 from model.encoder import Encoder
-from model.errors import DeviceLost
+from model.errors import DeviceLost, UnsupportedModel
 from model.tokens import Tokens
 from model.vectors import FloatArray
 
@@ -33,8 +34,7 @@ BUCKETS = (16, 32, 64, 128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8
 """Tokens of the batches that have a graph. Above them the kernels take longer than their launches, and a graph gains nothing."""
 
 _TOKENS_PER_TEXT = 4  # in a bucket, at least: a graph has places for so many texts and no more
-_SHORT = 256  # tokens of the longest text in a graph for batches without a long one, which have another attention
-_BRIEF = 1024  # tokens of a batch that is worth a busy wait: to be woken takes as long as a tenth of it
+_BUSY_WAIT = 1024  # tokens of a batch that is worth one: to be woken takes as long as a tenth of it
 _ALIGNED = 16  # bytes: what a kernel reads at once
 
 Forward = Callable[[Batch], Tensor]
@@ -57,12 +57,13 @@ class Bucket:
         return self.tokens // QUERIES + self.texts
 
 
-def find_bucket(rows: Sequence[Tokens], max_tokens: int) -> Bucket | None:
-    """The smallest bucket that holds a batch and the dummies that fill it up; None when there is none."""
-    tokens = sum(map(len, rows))
-    longest = min(_SHORT, max_tokens)
-    if max(map(len, rows)) > longest:
-        longest = max_tokens
+def find_bucket(rows: Sequence[Tokens], longest_texts: Sequence[int]) -> Bucket | None:
+    """The smallest bucket that holds a batch and the dummies that fill it up; None when there is none.
+
+    A bucket's texts may be as long as one of `longest_texts`, which rise; no text is longer than the last.
+    """
+    tokens, length = sum(map(len, rows)), max(map(len, rows))
+    longest = next(longest for longest in longest_texts if length <= longest)
     for bucket in (Bucket(size, longest) for size in BUCKETS if size >= tokens):
         if len(rows) + -(-(bucket.tokens - tokens) // longest) <= bucket.texts:
             return bucket
@@ -102,7 +103,7 @@ def attend_varlen(q: Tensor, k: Tensor, v: Tensor, batch: Batch, heads: int) -> 
 
 
 def attend_cudnn(q: Tensor, k: Tensor, v: Tensor, batch: Batch, heads: int) -> Tensor:
-    """cuDNN's kernel for texts of one length. It makes a plan for each number and length of texts, in tens of milliseconds."""
+    """cuDNN's kernel for texts of one length. In each thread it makes a plan for each number and length of them, in 40 ms."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
@@ -110,18 +111,18 @@ def attend_cudnn(q: Tensor, k: Tensor, v: Tensor, batch: Batch, heads: int) -> T
 
 
 class FastestAttention:
-    """The kernel that is the fastest for the lengths of a batch; see docs/performance.md."""
+    """The kernel that is the fastest for batches like this one; see docs/performance.md."""
 
     def __init__(self, tiles: TileAttention | None) -> None:
         self.tiles = tiles
         self.full: tuple[int, int] | None = None  # texts, and tokens of each, of the batch that cuDNN has a plan for
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, heads: int) -> Tensor:
-        if self.tiles is not None and batch.max_seqlen <= self.tiles.longest:
-            return self.tiles(q, k, v, batch, heads)
         shape = len(batch.lengths), batch.max_seqlen
         if shape == self.full and len(q) == len(k) == shape[0] * shape[1]:
             return attend_cudnn(q, k, v, batch, heads)
+        if self.tiles is not None and batch.max_seqlen <= self.tiles.longest:
+            return self.tiles(q, k, v, batch, heads)
         return attend_varlen(q, k, v, batch, heads)
 
 
@@ -157,7 +158,7 @@ Capture = Callable[[Forward, Transfer], Callable[[Transfer], Tensor]]
 class GraphPool:
     """CUDA graphs, one per bucket and task, captured on first use: one launch in place of a hundred.
 
-    `capture` makes a function of a batch out of a forward; a test hands in one that needs no GPU.
+    `capture` makes a function of a batch out of a forward; a test hands in one that needs no GPU. For one caller at a time.
     """
 
     def __init__(self, capture: Capture) -> None:
@@ -180,11 +181,7 @@ def capture_graphs(device: torch.device) -> Capture:
 
     def capture(forward: Forward, batch: Transfer) -> Callable[[Transfer], Tensor]:
         static = batch.data.to(device)
-        side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):  # a capture must not be the first run: libraries set themselves up in it
-            forward(batch.batch_in(static))
-        torch.cuda.current_stream(device).wait_stream(side)
+        forward(batch.batch_in(static))  # a capture must not be the first run: libraries set themselves up in it
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
             answer = forward(batch.batch_in(static))
@@ -210,12 +207,12 @@ class Pipeline:
 
     def __init__(self) -> None:
         self.on_device: Callable[[], None] = lambda: None  # called by a thread when the device has come to its batch
-        self._turn = Lock()
+        self.turn = Lock()  # held by whoever queues anything: graphs, their inputs and some of torch's switches are shared
         self._latest: Done | None = None  # the end of the batch that was launched last
 
     def run(self, launch: Callable[[], tuple[Answer, Done]]) -> Answer:
         """What a launch gives, which must not wait for the device, once it is there."""
-        with self._turn:
+        with self.turn:
             answer, done = launch()
             before, self._latest = self._latest, done
         if before is not None:
@@ -245,12 +242,15 @@ class CudaRunner:
         self.encoder = encoder.to(device)
         encoder.bert.to(dtype)  # what stands on it is small and stays in float32
         self.device = device
-        kernels = compile_kernels(encoder.config.bert, device, dtype)
+        config = encoder.config.bert
+        kernels = compile_kernels(config, device, dtype)
         if kernels:
             replace_kernels(encoder.bert, kernels)
-        packed = dtype in (torch.bfloat16, torch.float16) and is_ampere(device)
-        tiles = TileAttention(kernels, encoder.config.bert.head_size) if kernels else None
+        packed = dtype in HALF and is_ampere_or_newer(device)
+        tiles = TileAttention(kernels, config.head_size) if kernels else None
         self._attention = FastestAttention(tiles) if packed else None
+        most = config.max_position_embeddings
+        self._longest_texts = sorted({min(tiles.longest, most), most} if tiles else {most})
         for layer in encoder.bert.layers:
             layer.attention.attend = self._attention or attend_sdpa
         self._graphs = GraphPool(capture_graphs(device)) if packed and encoder.masked_lm is None else None
@@ -277,31 +277,37 @@ class CudaRunner:
     def on_layer(self, callback: Callable[[bool], None]) -> None:
         self._pipeline.on_device = lambda: callback(True)
 
-    def warm_up(self, tokens: int) -> float:
-        longest, task = self.encoder.config.max_tokens, self.encoder.config.task
-        for size in BUCKETS if self._graphs else ():
-            for length in {min(size, longest, _SHORT), min(size, longest)}:
-                self(_texts_of(size, length), task)
-        self._plan_full_batch(tokens)
-        rows = _texts_of(tokens, min(128, longest))
-        self(rows, task)
-        start = time.perf_counter()
-        self(rows, task)
-        return sum(map(len, rows)) / (time.perf_counter() - start)
+    def prepare(self, tokens: int) -> int:
+        """Make all that batches of up to `tokens` need, once; the largest that fits: `tokens`, or the half, a quarter, … of it.
 
-    def _plan_full_batch(self, tokens: int) -> None:
-        """Let cuDNN make its plan for a full batch of the longest texts, as long documents that are cut or split make them."""
-        length = self.encoder.config.max_tokens
-        if self._attention is None or tokens < length:
-            return
-        self._attention.full = tokens // length, length
+        Raises UnsupportedModel where not even one text fits.
+        """
         try:
-            self(_texts_of(tokens - tokens % length, length), self.encoder.config.task)
-        except RuntimeError:  # no such kernel for this device
-            self._attention.full = None
+            self._capture_graphs()
+            tokens = self._largest_batch(tokens)
+            self._plan_full_batch(tokens)
+        except torch.cuda.OutOfMemoryError:
+            memory = torch.cuda.get_device_properties(self.device).total_memory >> 20
+            raise UnsupportedModel(
+                f"{self.device} has {memory} MiB of memory, and too little of it is free for this model; "
+                "end what else is on it, take float16 or a smaller model, or set BERTD_DEVICE to cpu"
+            ) from None
+        return tokens
 
-    def largest_batch(self, tokens: int) -> int:
-        """`tokens`, or the largest half, quarter, … of it that fits the device's memory as matrices of all tokens."""
+    def warm_up(self, tokens: int) -> float:
+        rows = _texts_of(tokens, min(128, self.encoder.config.max_tokens))
+        self(rows, self.encoder.config.task)
+        start = time.perf_counter()
+        self(rows, self.encoder.config.task)
+        return tokens / (time.perf_counter() - start)
+
+    def _capture_graphs(self) -> None:
+        for size in BUCKETS if self._graphs else ():
+            for length in {min(size, longest, self.encoder.config.max_tokens) for longest in self._longest_texts}:
+                self(_texts_of(size, length), self.encoder.config.task)
+
+    def _largest_batch(self, tokens: int) -> int:
+        """As matrices of all tokens."""
         length = self.encoder.config.max_tokens
         while True:
             try:
@@ -314,6 +320,19 @@ class CudaRunner:
             else:
                 return tokens
 
+    def _plan_full_batch(self, tokens: int) -> None:
+        """Let cuDNN make its plan for a full batch of the longest texts, as long documents that are cut or split make them."""
+        length = self.encoder.config.max_tokens
+        if self._attention is None or tokens < max(length, BUCKETS[-1] + 1):  # a graph takes smaller ones
+            return
+        self._attention.full = tokens // length, length
+        try:
+            self(_texts_of(tokens - tokens % length, length), self.encoder.config.task)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except RuntimeError:  # no such kernel for this device
+            self._attention.full = None
+
     def _run(self, rows: Sequence[Tokens], task: str, forward: Forward) -> FloatArray:
         """What a forward makes of the rows, which come last in it."""
 
@@ -323,11 +342,11 @@ class CudaRunner:
             self._copies.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._copies):
                 host.copy_(answer, non_blocking=True)
-                done = torch.cuda.Event(blocking=sum(map(len, rows)) > _BRIEF)  # type: ignore[no-untyped-call]
+                done = torch.cuda.Event(blocking=sum(map(len, rows)) > _BUSY_WAIT)  # type: ignore[no-untyped-call]
                 done.record()
-            return (host, answer), done  # which is kept until it is copied
+            return (host, answer), done  # the answer on the device too: it is kept until it is copied
 
-        with torch.inference_mode(), torch.cuda.device(self.device), self._watched():
+        with torch.inference_mode(), torch.cuda.stream(torch.cuda.default_stream(self.device)), self._watched():
             host, _ = self._pipeline.run(launch)
         return host.numpy()
 
@@ -338,16 +357,19 @@ class CudaRunner:
             yield
         except RuntimeError as error:
             try:
-                torch.cuda.synchronize()
+                with self._pipeline.turn:
+                    torch.cuda.synchronize()
             except RuntimeError:
                 raise DeviceLost(f"{self.device} has failed ({error}); a new process is needed") from error
             raise
 
     def _launch(self, rows: Sequence[Tokens], task: str, forward: Forward) -> Tensor:
         """Queue all of a batch on the device."""
-        bucket = find_bucket(rows, self.encoder.config.bert.max_position_embeddings) if self._graphs else None
+        bucket = find_bucket(rows, self._longest_texts) if self._graphs else None
         if bucket is not None and self._graphs is not None:
             return self._graphs(bucket, task, forward, Transfer(pad_to(bucket, rows)))
         batch = pack(rows)
-        transfer = Transfer(replace(batch, tiles=tiles_of(batch.lengths)))
+        if self._attention is not None and self._attention.tiles is not None:
+            batch = replace(batch, tiles=tiles_of(batch.lengths))
+        transfer = Transfer(batch)
         return forward(transfer.batch_in(transfer.data.to(self.device, non_blocking=True)))

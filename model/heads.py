@@ -1,5 +1,6 @@
 """What stands on top of the hidden rows."""
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -48,8 +49,8 @@ class MaskedLM(nn.Module):
 
     def forward(self, hidden: Tensor, batch: Batch) -> Tensor:
         x = self.norm(self.activation(self.dense(hidden)))  # [T, H]
-        together = torch.unique_consecutive(batch.cu_seqlens[1:] // _DECODED_ROWS, return_counts=True)[1]
-        lengths = torch.split(batch.cu_seqlens.diff(), together.tolist())
+        together = np.flatnonzero(np.diff(np.cumsum(batch.lengths) // _DECODED_ROWS)) + 1
+        lengths = np.split(batch.lengths, together)
         rows = torch.split(x, [int(some.sum()) for some in lengths])
         largest = [_largest(self.decoder(part), some.tolist()) for part, some in zip(rows, lengths, strict=True)]
         return torch.log1p(torch.relu(torch.cat(largest)))

@@ -5,7 +5,7 @@
 //   BFLOAT16   where the numbers are bfloat16; else they are float16
 //   QUERIES    of a tile of attention, at most, a multiple of 16
 //   WARPS      of a block of attention; BLOCKS of it that a multiprocessor is to have at once; ROWS of a block of the others
-// Sums are float32. What several queries, keys or numbers are to one lane is 16 bytes that lie together in memory.
+// Sums are float32.
 
 // Embeddings and LayerNorm: a warp has a row, and each lane eight numbers of it at a time.
 
@@ -79,7 +79,7 @@ extern "C" __global__ void __launch_bounds__(32 * ROWS)
     layer_norm(part, weight, bias, out + (size_t)row * VECTORS, lane, eps);
 }
 
-// LayerNorm of token + segment + position; index[0], [1] and [2] hold the row of each in its table, [rows] each.
+// LayerNorm of token + segment + position; each of these, [rows], is the number of a row of its table.
 extern "C" __global__ void __launch_bounds__(32 * ROWS)
     embed(const long long *token, const Vector *tokens, int token_rows, const long long *segment, const Vector *segments,
           int segment_rows, const long long *position, const Vector *positions, int position_rows, const Vector *weight,

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from model.cgroup import core_limit
+from model.compiled_cuda import is_ampere_or_newer
 from model.config import PoolingChoice, Task
 from model.cpu import CpuRunner
 from model.cuda import CudaRunner
@@ -85,7 +86,7 @@ def make_runner(
     runner: Runner
     if place.type == "cuda":
         runner = cuda = CudaRunner(encoder, place, kind)
-        max_batch_tokens = cuda.largest_batch(max_batch_tokens or CudaRunner.BATCH_TOKENS)
+        max_batch_tokens = cuda.prepare(max_batch_tokens or CudaRunner.BATCH_TOKENS)
     else:
         runner = CpuRunner(encoder, kind)
         max_batch_tokens = max_batch_tokens or CpuRunner.BATCH_TOKENS
@@ -125,7 +126,7 @@ def _find_dtype(device: torch.device, name: str) -> torch.dtype:
     known = DTYPES[device.type]
     if name not in known:
         raise UnsupportedModel(f"dtype {name} is not supported on {device.type}; supported are {', '.join(known)}")
-    if device.type == "cuda" and name == "auto" and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if device.type == "cuda" and name == "auto" and not is_ampere_or_newer(device):  # without arithmetic in bfloat16
         return torch.float16
     return known[name]
 

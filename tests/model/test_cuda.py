@@ -5,6 +5,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from threading import Barrier, Event, Thread
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from model.batch import pack
 from model.compiled_cuda import tiles_of
 from model.cuda import BUCKETS, Bucket, CudaRunner, FastestAttention, GraphPool, Pipeline, Transfer, find_bucket, pad_to
 from model.encoder import Encoder
+from model.errors import UnsupportedModel
 from model.runner import make_runner
 from model.tokens import Tokens
 from model.vectors import normalize
@@ -40,11 +42,11 @@ from model.vectors import normalize
     ],
 )
 def test_the_smallest_bucket_is_taken_that_holds_rows_and_dummies(lengths, bucket) -> None:
-    assert find_bucket(random_rows(lengths), 512) == (bucket and Bucket(*bucket))
+    assert find_bucket(random_rows(lengths), (256, 512)) == (bucket and Bucket(*bucket))
 
 
 def test_a_bucket_promises_no_longer_texts_than_the_model_reads() -> None:
-    assert find_bucket(random_rows((3,)), 40) == Bucket(16, 40)
+    assert find_bucket(random_rows((3,)), (40,)) == Bucket(16, 40)
 
 
 @pytest.mark.parametrize("lengths", [(1,), (3, 5), (9, 9, 9), (64,), (20, 30, 40, 1, 1, 1), (60, 60, 8), (300, 20)])
@@ -54,7 +56,7 @@ def test_padding_to_a_bucket_changes_no_row(make_checkpoint, lengths, max_tokens
     for layer in bert.layers:
         layer.attention.attend = attend_sdpa
     rows = random_rows([min(length, max_tokens) for length in lengths])
-    bucket = find_bucket(rows, max_tokens)
+    bucket = find_bucket(rows, (max_tokens,))
     batch = pad_to(bucket, rows)
     assert len(batch.input_ids) == len(batch.positions) == bucket.tokens
     assert len(batch.cu_seqlens) == len(batch.cu_texts) == bucket.texts + 1
@@ -87,7 +89,7 @@ def test_a_graph_is_captured_once_for_each_bucket_and_task() -> None:
     pool = GraphPool(capture)
     for lengths, task in [((3,), "mean"), ((5,), "mean"), ((40,), "mean"), ((16,), "cls"), ((33, 2), "mean")]:
         rows = random_rows(lengths)
-        bucket = find_bucket(rows, 512)
+        bucket = find_bucket(rows, (256, 512))
         ids = pool(bucket, task, lambda batch: batch.input_ids, Transfer(pad_to(bucket, rows), pinned=False))
         assert ids[-sum(lengths) :].tolist() == [int(token) for row in rows for token in row.ids]
     assert captured == [16, 64, 16]
@@ -146,28 +148,49 @@ def test_a_launch_that_fails_leaves_the_turn_to_the_next() -> None:
 
 
 class Recorded(CudaRunner):
-    """Notes the rows that it is called with, on no device."""
+    """Notes the rows that it is called with, on no device; so many tokens fit into the memory of that."""
 
-    def __init__(self, encoder) -> None:
+    def __init__(self, encoder, fits=10**6) -> None:
+        self.fits = fits
         self.encoder = encoder
         self.ran = []
-        self._graphs, self._attention = object(), FastestAttention(None)
+        self._graphs, self._attention, self._longest_texts = object(), FastestAttention(None), [256, 512]
 
     def __call__(self, rows, task):
         assert task == self.encoder.config.task
         self.ran.append(rows)
 
+    def hidden(self, rows):
+        tokens = sum(map(len, rows))
+        if tokens > self.fits:
+            raise torch.cuda.OutOfMemoryError
 
-@pytest.mark.parametrize("tokens", [32768, 33000, 100])
-def test_warming_up_runs_every_graph_and_a_full_batch_of_the_longest_texts(make_checkpoint, tokens) -> None:
+
+@pytest.mark.parametrize(("tokens", "full"), [(32768, (64, 512)), (33000, (64, 512)), (8192, None), (100, None)])
+def test_all_graphs_and_a_full_batch_of_the_longest_texts_are_made_at_start(make_checkpoint, tokens, full) -> None:
     runner = Recorded(Encoder.from_folder(make_checkpoint()))
-    assert runner.warm_up(tokens) > 0
-    buckets = [find_bucket(rows, 512) for rows in runner.ran]
+    assert runner.prepare(tokens) == tokens
+    buckets = [find_bucket(rows, (256, 512)) for rows in runner.ran]
     assert {Bucket(size, 256) for size in BUCKETS} | {Bucket(size, 512) for size in BUCKETS if size > 256} <= set(buckets)
+    assert runner._attention.full == full
+    if full:
+        assert [len(row) for row in runner.ran[-1]] == [full[1]] * full[0]
+    assert runner.warm_up(tokens) > 0
     assert sum(map(len, runner.ran[-1])) == tokens
-    full = [len(rows) for rows in runner.ran if all(len(row) == 512 for row in rows)]
-    assert runner._attention.full == (None if tokens < 512 else (64, 512))
-    assert tokens < 512 or 64 in full
+
+
+def test_a_batch_is_halved_until_it_fits(make_checkpoint, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    assert Recorded(Encoder.from_folder(make_checkpoint()), fits=10_000).prepare(32768) == 8192
+
+
+def test_a_gpu_without_room_for_one_text_is_refused(make_checkpoint, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=2**30))
+    runner = Recorded(Encoder.from_folder(make_checkpoint()), fits=100)
+    runner.device = "cuda:0"
+    with pytest.raises(UnsupportedModel, match="cuda:0 has 1024 MiB of memory, and too little"):
+        runner.prepare(32768)
 
 
 def test_buckets_rise() -> None:
@@ -253,7 +276,8 @@ def test_attention_by_tiles_is_that_of_the_formula_on_a_gpu(gpu, dtype, hidden, 
 def test_two_threads_at_once_get_what_each_gets_alone(gpu, minilm) -> None:
     runner = CudaRunner(Encoder.from_folder(minilm), gpu, torch.bfloat16)
     batches = [random_rows(lengths, vocab_size=30522, seed=seed) for seed, lengths in enumerate(MIXES * 4)]
-    wanted = [runner(rows, "mean") for rows in batches]
+    other = CudaRunner(Encoder.from_folder(minilm), gpu, torch.bfloat16)  # so that graphs are captured while batches run
+    wanted = [other(rows, "mean") for rows in batches]
     found = [None] * len(batches)
     start = Barrier(2)
 
@@ -280,7 +304,7 @@ def test_a_batch_that_does_not_fit_is_refused_and_the_next_one_runs(gpu, minilm)
     try:
         with pytest.raises(torch.cuda.OutOfMemoryError):
             runner([Tokens.of([1] * 512)] * 4096, "mean")
-        assert 512 <= runner.largest_batch(2**21) < 2**21
+        assert 512 <= runner.prepare(2**21) < 2**21
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     np.testing.assert_array_equal(runner(rows, "mean"), wanted)
