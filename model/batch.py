@@ -57,8 +57,7 @@ class Batch:
         """The boundaries as runs of texts of one length, for kernels that need rectangles."""
         starts = np.cumsum(self.lengths) - self.lengths
         borders = [0, *(np.flatnonzero(np.diff(self.lengths)) + 1).tolist(), len(self.lengths)]
-        runs = [Run(a, int(starts[a]), b - a, int(self.lengths[a])) for a, b in pairwise(borders)]
-        return [run for run in runs if run.length]
+        return [Run(a, int(starts[a]), b - a, int(self.lengths[a])) for a, b in pairwise(borders)]
 
     @property
     def first(self) -> Tensor:

@@ -4,12 +4,14 @@ import os
 import socket
 import sys
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from app import frames
 from app.worker import _BRIEF, _Lanes
+from model.cuda import Pipeline
 from model.errors import DeviceLost
 from model.tokens import Tokens
 
@@ -48,8 +50,8 @@ def engine():
     theirs.close()
 
 
-def send(engine: socket.socket, number: int, tokens: int, alone: bool, task: str = "mean") -> None:
-    lengths, ids = np.array([tokens], dtype=np.int32), np.zeros(tokens, dtype=np.int32)
+def send(engine: socket.socket, number: int, tokens: int, alone: bool, task: str = "mean", token: int = 0) -> None:
+    lengths, ids = np.array([tokens], dtype=np.int32), np.full(tokens, token, dtype=np.int32)
     frames.send(engine, {"number": number, "task": task, "alone": alone}, [lengths, ids, ids])
 
 
@@ -87,3 +89,45 @@ def test_a_lost_device_ends_the_process_for_its_keeper_to_start_another(capfd, m
             _Lanes(theirs, Runner(), 1, 1).run()
     assert ended == [1]
     assert capfd.readouterr().err == "bertd.engine: cuda:0 has failed\n"
+
+
+class Device:
+    """A runner on a device that takes a batch ahead, and computes each when it is told to."""
+
+    def __init__(self) -> None:
+        self.pipeline = Pipeline()
+        self.launched, self.ends = ([threading.Event() for _ in range(2)] for _ in range(2))
+
+    def __call__(self, rows: list[Tokens], task: str) -> np.ndarray:
+        number = int(rows[0].ids[0])
+
+        def launch():
+            self.launched[number].set()
+            return np.zeros((1, 1)), SimpleNamespace(synchronize=lambda: self.ends[number].wait(30))
+
+        return self.pipeline.run(launch)
+
+
+def test_the_next_batch_is_launched_while_the_device_computes_and_told_of_when_it_is_its_turn():
+    ours, theirs = socket.socketpair()
+    device = Device()
+    lanes = _Lanes(theirs, device, 1, 1)
+    device.pipeline.on_device = lambda: lanes.on_layer(last=True)
+    threads = [threading.Thread(target=lanes.run) for _ in range(2)]
+    with theirs:
+        with ours:
+            ours.settimeout(30)
+            for thread in threads:
+                thread.start()
+            send(ours, 0, tokens=8, alone=False)
+            assert frames.receive(ours).head == {"number": 0, "ending": True}
+            send(ours, 1, tokens=8, alone=False, token=1)
+            assert device.launched[1].wait(30)  # while the first one is computed
+            device.ends[0].set()
+            words = [frames.receive(ours) for _ in range(2)]
+            assert sorted((word.head["number"], "ending" in word.head) for word in words) == [(0, False), (1, True)]
+            device.ends[1].set()
+            assert frames.receive(ours).head["number"] == 1
+        for thread in threads:
+            thread.join(30)
+            assert not thread.is_alive()

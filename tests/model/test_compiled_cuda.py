@@ -110,7 +110,7 @@ def test_tiles_cover_each_row_once_and_no_border() -> None:
 @pytest.mark.parametrize("hidden", [64, 288, 384])
 def test_the_sum_of_add_norm_is_not_rounded(emulate, dtype, hidden) -> None:
     torch.manual_seed(1)
-    norm = AddNorm(hidden, eps=1e-12)
+    norm = AddNorm(hidden, eps=0.5)
     nn.init.normal_(norm.weight)
     nn.init.normal_(norm.bias)
     norm.to(dtype)
