@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ahead_worker import PATIENT
 from fake_worker import CRASH, FAIL, HANG, HOLD, SIGNS, SLOW
 
 from app.engine import HIDDEN, BatchFailed, Engine, EngineDied, EngineOptions, State
@@ -252,4 +253,24 @@ async def test_batches_on_several_lanes_at_once_give_what_each_gives_alone(minil
         together = await asyncio.gather(*(engine.run("mean", batch) for batch in batches[: engine.room]))
         for vectors, wanted in zip(together, alone, strict=False):
             np.testing.assert_allclose(vectors, wanted, rtol=0, atol=1e-6)
+    await engine.stop()
+
+
+async def test_a_batch_is_taken_ahead_of_the_one_that_a_device_computes(minilm):
+    command = [sys.executable, str(Path(__file__).with_name("ahead_worker.py"))]
+    engine = Engine(EngineOptions(str(minilm), device="cpu", threads=1), 30.0, command)
+    await engine.start()
+    assert engine.lanes == engine.room == 1
+    batches = [rows([PATIENT, *[1000 + length] * length]) for length in (70, 80, 90)]
+    batches.append(rows([1000] * 100))
+    answers = []
+    for batch in batches:  # each of the first is answered only because the next is in the process by then
+        await until(lambda: engine.room)
+        answers.append(engine.run("mean", batch))
+    together = await asyncio.gather(*answers)
+    for vectors, batch in zip(together, batches, strict=True):
+        follower = engine.run("mean", batch)
+        await until(lambda: engine.room)
+        await engine.run("mean", rows([1000] * 65))
+        np.testing.assert_array_equal(vectors, await follower)
     await engine.stop()
