@@ -17,7 +17,7 @@ LEVELS = {
         {"attention", "pooling"},
         {"bert"},
         {"compiled", "compiled_cuda", "heads"},
-        {"encoder", "linear"},
+        {"encoder", "graphs", "linear"},
         {"cpu", "cuda", "finetune"},
         {"runner"},
     ],

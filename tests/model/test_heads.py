@@ -23,9 +23,9 @@ from model.attention import attend_sdpa
 from model.batch import pack
 from model.config import ModelConfig
 from model.cpu import CpuRunner
-from model.cuda import find_bucket, pad_to
 from model.encoder import Encoder
 from model.errors import CheckpointError, ModelError, UnsupportedModel
+from model.graphs import find_bucket, pad_to
 from model.tokenizer import Tokenizer
 from model.tokens import Tokens
 from model.vectors import nonzero, sigmoid
