@@ -88,9 +88,9 @@ def _compile(defined: dict[str, int], capability: tuple[int, int]) -> bytes:
     options = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}", *(f"-D{name}={value}" for name, value in defined.items())]
     (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-        log = bytes(nvrtc.nvrtcGetProgramLogSize(program)[1])
-        nvrtc.nvrtcGetProgramLog(program, log)
-        raise RuntimeError(f"kernels.cu does not compile: {log.decode(errors='replace')}")
+        reason = bytes(nvrtc.nvrtcGetProgramLogSize(program)[1])
+        nvrtc.nvrtcGetProgramLog(program, reason)
+        raise RuntimeError(f"kernels.cu does not compile: {reason.decode(errors='replace')}")
     image = bytes(nvrtc.nvrtcGetCUBINSize(program)[1])
     nvrtc.nvrtcGetCUBIN(program, image)
     nvrtc.nvrtcDestroyProgram(program)
