@@ -99,7 +99,7 @@ class Engine:
         self._transport: asyncio.Transport | None = None
         self._hello: asyncio.Future[Frame | None] | None = None
         self._waiting: dict[int, asyncio.Future[Results]] = {}
-        self._ending: set[int] = set()  # those of them that have come to their last layer
+        self._ending: set[int] = set()  # those of them that have come to their last layer, or onto a GPU
         self._numbers = itertools.count()
         self._restarting: asyncio.Task[None] | None = None
         self._vain_starts = 0  # in a row: processes that did not start, or died without a batch to blame
@@ -123,7 +123,8 @@ class Engine:
 
     @property
     def room(self) -> int:
-        """Batches that can be taken now: one for each lane where none is out, or one that has come to its last layer.
+        """Batches that can be taken now: one for each lane where none is out, or one that is ending: has come to its last layer,
+        or onto a GPU.
 
         So the next one waits in the pipe when it is needed, and is formed as late, and as large, as it can be.
         """

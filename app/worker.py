@@ -26,7 +26,7 @@ from app.memory import pass_over_what_stays
 from model.config import transformer_folder, weight_files
 from model.errors import DeviceLost, ModelError
 from model.hub import stamps
-from model.tokens import Tokens
+from model.tokens import Tokens, split_rows
 from model.vectors import FloatArray, nonzero
 
 _BEAT_SECONDS = 0.25  # between two signs of life of a batch
@@ -103,7 +103,7 @@ class _Lanes:
         self._current.number, self._current.told, self._current.brief = number, time.monotonic(), brief
         self._use_threads(self._threads if batch.head["alone"] else self._share)
         try:
-            arrays = _run(self._runner, task, _rows(*batch.arrays))
+            arrays = _run(self._runner, task, split_rows(*batch.arrays))
         except DeviceLost as error:
             print(f"bertd.engine: {error}", file=sys.stderr, flush=True)
             os._exit(1)  # the other lanes too: the keeper starts another process, and decides about the rows
@@ -136,11 +136,6 @@ def _is_brief(batch: Frame) -> bool:
     """Whether a batch has all threads, and is done before anything else could be."""
     _, ids, _ = batch.arrays
     return batch.head["alone"] and len(ids) <= _BRIEF
-
-
-def _rows(lengths: np.ndarray, ids: np.ndarray, types: np.ndarray) -> list[Tokens]:
-    ends = np.cumsum(lengths)
-    return [Tokens(ids[end - length : end], types[end - length : end]) for length, end in zip(lengths, ends, strict=True)]
 
 
 if __name__ == "__main__":

@@ -104,6 +104,9 @@ def tell(options: argparse.Namespace, folder: Path) -> None:
     plain, choice = make_runner(folder, options.device, options.dtype, available_cores())
     plain.warm_up(choice.max_batch_tokens)
     run = ThreadPoolExecutor(plain.lanes + plain.ahead).map if plain.ahead else map
+    if not cuda:
+        watched, _ = make_runner(folder, options.device, options.dtype, available_cores())
+        spent = watch_parts(watched)
     for name in options.workloads:
         workload = make_workload(name, COUNTS[options.model][name] * (MORE_ON_CUDA[name] if cuda else 1), folder)
         rows, flops = tokenizer.encode(workload.texts, max_tokens=512), workload.flops(config)
@@ -121,8 +124,6 @@ def tell(options: argparse.Namespace, folder: Path) -> None:
         print(f"  pooled by [CLS]: {median(gains):.2f} times as fast as by the mean")
         if cuda:
             continue
-        watched, _ = make_runner(folder, options.device, options.dtype, available_cores())
-        spent = watch_parts(watched)
         seconds_of(watched, rows, choice.max_batch_tokens)
         spent.clear()
         total = seconds_of(watched, rows, choice.max_batch_tokens)

@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from itertools import accumulate, islice
+from itertools import islice, starmap
 from multiprocessing import get_context
 from pathlib import Path
 from threading import Condition, Event
@@ -34,6 +34,7 @@ def bertd(dtype: str, folder: Path, device: str, threads: int) -> Encode:
     from app.waiting import Job, Queue
     from model.config import ModelConfig
     from model.runner import make_runner, use_threads
+    from model.tokens import split_rows
     from model.vectors import normalize
 
     config = ModelConfig.from_folder(folder)
@@ -66,13 +67,13 @@ def bertd(dtype: str, folder: Path, device: str, threads: int) -> Encode:
 
     def encode(texts: Sequence[str]) -> np.ndarray:
         if len(texts) == 1:
-            return normalize(runner(_rows(_tokenize(texts)), config.pooling))
+            return normalize(runner(split_rows(*_tokenize(texts)), config.pooling))
         queue, read, jobs = Queue(choice.max_batch_tokens), Event(), []
         step = max(1, len(texts) * _CHARACTERS_AT_ONCE // sum(map(len, texts))) if readers else len(texts)
         slices = [texts[start : start + step] for start in range(0, len(texts), step)]
         running = []
         try:
-            for rows in map(_rows, readers.map(_tokenize, slices) if readers else map(_tokenize, slices)):
+            for rows in starmap(split_rows, readers.map(_tokenize, slices) if readers else map(_tokenize, slices)):
                 jobs.append(Job(config.pooling, Future(), 0.0, [None] * len(rows)))
                 with turn:
                     queue.add(jobs[-1], rows)
@@ -98,18 +99,11 @@ def _load_tokenizer(folder: Path) -> None:
     _tokenizer = Tokenizer.from_folder(folder, ModelConfig.from_folder(folder))
 
 
-def _tokenize(texts: Sequence[str]) -> tuple[list[int], np.ndarray]:
-    """The tokens of each text, and their ids end to end: what goes from one process to another in no time."""
+def _tokenize(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """How many tokens each text has, and those of all end to end: what goes from one process to another in no time."""
     rows = _tokenizer.encode(texts, max_tokens=_MAX_TOKENS)
-    return [len(row) for row in rows], np.concatenate([row.ids for row in rows])
-
-
-def _rows(tokenized: tuple[list[int], np.ndarray]) -> list:
-    from model.tokens import Tokens
-
-    lengths, ids = tokenized
-    types = np.zeros(max(lengths), np.int32)
-    return [Tokens(ids[end - length : end], types[:length]) for length, end in zip(lengths, accumulate(lengths), strict=True)]
+    ids = np.concatenate([row.ids for row in rows])
+    return np.array([len(row) for row in rows]), ids, np.zeros_like(ids)
 
 
 def sentence_transformers(dtype: str, folder: Path, device: str, threads: int) -> Encode:

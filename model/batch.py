@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -29,7 +30,7 @@ class Run:
         return slice(self.text, self.text + self.count)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Batch:
     """N texts of T tokens in all, without padding and therefore without a mask.
 
@@ -52,7 +53,7 @@ class Batch:
     lengths: np.ndarray
     tiles: Tensor | None = None
 
-    @property
+    @cached_property
     def runs(self) -> list[Run]:
         """The boundaries as runs of texts of one length, for kernels that need rectangles."""
         starts = np.cumsum(self.lengths) - self.lengths

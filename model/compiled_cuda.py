@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from model.batch import Batch
-from model.bert import ACTIVATIONS, AddNorm, Bert, Embeddings, FeedForward
+from model.bert import AddNorm, Bert, Embeddings
 from model.config import BertConfig
 
 log = logging.getLogger("bertd.engine")
@@ -184,46 +183,9 @@ class FusedAddNorm(nn.Module):
         return out
 
 
-class GeluLinear(nn.Module):
-    """GELU(x Wᵀ + b) in one product of cuBLAS, which has only the GELU by tanh: [T, in] -> [T, out].
-
-    For bfloat16 it is the more exact way: the sum goes into GELU unrounded, which outweighs what tanh is off by.
-    """
-
-    def __init__(self, linear: nn.Module) -> None:
-        super().__init__()
-        assert isinstance(linear, nn.Linear)
-        self.weight, self.bias = linear.weight, linear.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch._addmm_activation(self.bias, x, self.weight.t(), use_gelu=True)
-
-
 def replace_kernels(bert: Bert, kernels: Kernels) -> None:
     """Swap the embeddings and every AddNorm of the encoder for the fused ones."""
     bert.embeddings = FusedEmbeddings(bert.embeddings, kernels)
     for layer in bert.layers:
         layer.attention_norm = FusedAddNorm(layer.attention_norm, kernels)
         layer.feed_forward_norm = FusedAddNorm(layer.feed_forward_norm, kernels)
-
-
-def fuse_gelu(bert: Bert) -> bool:
-    """Move GELU into the first product of every feed-forward; whether that was done."""
-    gelus = (ACTIVATIONS["gelu"], ACTIVATIONS["gelu_new"])
-    if not all(_fuses(layer.feed_forward) and layer.feed_forward.activation in gelus for layer in bert.layers):
-        return False
-    for layer in bert.layers:
-        layer.feed_forward.up = GeluLinear(layer.feed_forward.up)
-        layer.feed_forward.activation = nn.Identity()
-    return True
-
-
-def _fuses(feed_forward: FeedForward) -> bool:
-    """Whether torch's private operator is there and right: it is no part of the public interface."""
-    linear = feed_forward.up
-    assert isinstance(linear, nn.Linear)
-    x = torch.randn(16, linear.in_features, dtype=linear.weight.dtype, device=linear.weight.device)
-    try:
-        return torch.allclose(GeluLinear(linear)(x), F.gelu(linear(x)), rtol=0.02, atol=0.02)
-    except (AttributeError, NotImplementedError, RuntimeError, TypeError):
-        return False

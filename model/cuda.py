@@ -18,7 +18,6 @@ from model.compiled_cuda import (
     HALF,
     TileAttention,
     compile_kernels,
-    fuse_gelu,
     is_ampere_or_newer,
     replace_kernels,
     tiles_of,
@@ -27,6 +26,7 @@ from model.config import Task
 from model.encoder import Encoder
 from model.errors import DeviceLost, UnsupportedModel
 from model.graphs import BUCKETS, Forward, GraphPool, Transfer, capture_graphs, find_bucket, pad_to
+from model.linear import fuse_gelu
 from model.tokens import Tokens
 from model.vectors import FloatArray
 
@@ -129,8 +129,7 @@ class CudaRunner:
         for layer in encoder.bert.layers:
             layer.attention.attend = self._attention or attend_sdpa
         self._graphs = GraphPool(capture_graphs(device)) if packed and encoder.masked_lm is None else None
-        with torch.inference_mode():
-            fused = dtype == torch.bfloat16 and fuse_gelu(encoder.bert)
+        fused = dtype == torch.bfloat16 and fuse_gelu(encoder.bert)
         attention = f"{'tile and ' if kernels else ''}varlen flash attention" if packed else "SDPA attention"
         graphs = "graphs" if self._graphs else "no graphs"
         self.kernel = f"{attention}, cuBLAS linear{' with GELU' if fused else ''}, {graphs}"
@@ -240,8 +239,7 @@ class CudaRunner:
 
     def _launch(self, rows: Sequence[Tokens], task: str, forward: Forward) -> Tensor:
         """Queue all of a batch on the device."""
-        bucket = find_bucket(rows, self._longest_texts) if self._graphs else None
-        if bucket is not None and self._graphs is not None:
+        if self._graphs is not None and (bucket := find_bucket(rows, self._longest_texts)) is not None:
             return self._graphs(bucket, task, forward, Transfer(pad_to(bucket, rows)))
         batch = pack(rows)
         if self._attention is not None and self._attention.tiles is not None:

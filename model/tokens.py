@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,3 +34,9 @@ class Tokens:
         """Tokens from plain lists; without `types` all are of the first segment."""
         array = np.asarray(ids, dtype=np.int32)
         return cls(array, np.zeros_like(array) if types is None else np.asarray(types, dtype=np.int32))
+
+
+def split_rows(lengths: NDArray[Any], ids: IntArray, types: IntArray) -> list[Tokens]:
+    """The tokens of each text, out of those of all texts end to end; `lengths` [N] says how many each has."""
+    ends = np.cumsum(lengths)
+    return [Tokens(ids[end - length : end], types[end - length : end]) for length, end in zip(lengths, ends, strict=True)]

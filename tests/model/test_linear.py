@@ -9,7 +9,7 @@ from torch import nn
 from model.bert import ACTIVATIONS, Bert
 from model.compiled import has
 from model.config import BertConfig
-from model.linear import CompiledLinear, PackedLinear, packing_works, replace_linears, replace_linears_by
+from model.linear import CompiledLinear, GeluLinear, PackedLinear, fuse_gelu, packing_works, replace_linears, replace_linears_by
 
 needs_onednn = pytest.mark.skipif(not packing_works(torch.float32), reason="this torch has no oneDNN")
 needs_kernels = pytest.mark.skipif(not has(torch.float32), reason="no compiler built the kernels, or there is no AVX-512")
@@ -87,3 +87,24 @@ def test_a_number_that_is_none_stays_in_its_row() -> None:
     after = CompiledLinear(linear, 1)(x)
     assert after[3].isnan().all()
     assert torch.equal(after[4:], before[4:])
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_only_gelu_moves_into_the_product_before_it(name) -> None:
+    torch.manual_seed(0)
+    bert = Bert(BertConfig(8, 32, 2, 4, 64, name))
+    plain = copy.deepcopy(bert.layers)
+    fused = fuse_gelu(bert)
+    assert fused == name.startswith("gelu")
+    x = 2 * torch.randn(40, 32)
+    for ours, theirs in zip(bert.layers, plain, strict=True):
+        assert isinstance(ours.feed_forward.up, GeluLinear) == fused
+        with torch.inference_mode():
+            torch.testing.assert_close(ours.feed_forward(x), theirs.feed_forward(x), rtol=0, atol=2e-3)  # tanh for erf
+
+
+def test_an_operator_that_gives_something_else_is_not_used(monkeypatch) -> None:
+    monkeypatch.setattr(torch, "_addmm_activation", lambda bias, x, weight, use_gelu: torch.addmm(bias, x, weight))
+    assert not fuse_gelu(Bert(BertConfig(8, 32, 1, 4, 64)))
+    monkeypatch.delattr(torch, "_addmm_activation")
+    assert not fuse_gelu(Bert(BertConfig(8, 32, 1, 4, 64)))
