@@ -16,15 +16,23 @@ _SPACE_OR_IDEOGRAPH = re.compile(r"[ \n\u4e00-\u9fff]")
 _SEARCHED = 1000  # characters in which there is such a place, or the text is taken whole
 
 
+def is_berts(backend: Tokenizer) -> bool:
+    """Whether a tokenizer normalizes texts and parts them into words as BERT's does."""
+    return isinstance(backend.normalizer, normalizers.BertNormalizer) and isinstance(backend.pre_tokenizer, BertPreTokenizer)
+
+
 def parting(backend: Tokenizer) -> re.Pattern[str] | None:
     """What no token goes across the beginning of; None where that can't be told.
 
     BERT's pre-tokenizer parts words at white space, and its normalizer puts that around Chinese characters before it
     changes anything else; WordPiece looks at one word at a time. Only added tokens are searched for in the whole text.
     """
-    bert = isinstance(backend.normalizer, normalizers.BertNormalizer) and isinstance(backend.pre_tokenizer, BertPreTokenizer)
     added = list(backend.get_added_tokens_decoder().values())
-    if not bert or not isinstance(backend.model, WordPiece) or any(map(str.isspace, "".join(token.content for token in added))):
+    if (
+        not is_berts(backend)
+        or not isinstance(backend.model, WordPiece)
+        or any(map(str.isspace, "".join(token.content for token in added)))
+    ):
         return None
     return _SPACE_OR_IDEOGRAPH if _parts_ideographs(backend.normalizer, added) else _SPACE
 

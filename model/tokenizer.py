@@ -17,9 +17,9 @@ from tokenizers import Tokenizer as Backend
 from model.config import Json, ModelConfig, read_json, transformer_folder
 from model.errors import CheckpointError, InvalidTokens, UnsupportedModel
 from model.excerpts import Side, excerpt, parting
+from model.shortcut import Text, find_shortcut
 from model.tokens import Tokens
 
-Text = str | tuple[str, str]
 Places = NDArray[np.intp]
 
 _CHARACTERS = 10  # of a token: more than most texts have, so that an excerpt is rarely too short
@@ -28,13 +28,18 @@ _CHARACTERS = 10  # of a token: more than most texts have, so that an excerpt is
 class Tokenizer:
     """The tokenizer of a checkpoint, the same ids as transformers' fast one."""
 
-    def __init__(self, backend: Backend, max_tokens: int, vocab_size: int) -> None:
+    def __init__(self, backend: Backend, max_tokens: int, vocab_size: int, lowers: bool = False) -> None:
+        """`lowers`: make capitals small before anything else, as sentence-transformers' `do_lower_case` asks."""
         backend.no_truncation()
         backend.no_padding()
         self.max_tokens = max_tokens
         self.vocab_size = vocab_size
         self._backend = backend
         self._parting = parting(backend)
+        self._shortcut = find_shortcut(backend, lowers)
+        if lowers:  # character by character, which parts texts nowhere else
+            first = [backend.normalizer] if backend.normalizer else []
+            backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *first])
         empty = backend.encode("").ids  # a lone text's frame of special tokens, [CLS] [SEP]
         self._special = {token for token, added in backend.get_added_tokens_decoder().items() if added.special}
         self._before, self._after = empty[: (len(empty) + 1) // 2], empty[(len(empty) + 1) // 2 :]
@@ -52,11 +57,7 @@ class Tokenizer:
             raise CheckpointError(
                 f"{folder}: the tokenizer gives ids up to {last}, wanted below {rows}, config.json's vocab_size"
             )
-        tokenizer = cls(backend, config.max_tokens, rows)
-        if config.lower_case:  # character by character, which parts texts nowhere else
-            first = [backend.normalizer] if backend.normalizer else []
-            backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *first])
-        return tokenizer
+        return cls(backend, config.max_tokens, rows, config.lower_case)
 
     def encode(
         self,
@@ -123,10 +124,13 @@ class Tokenizer:
         return encodings
 
     def _encode_all(self, texts: Sequence[Text], with_offsets: bool) -> list[Encoding]:
-        if len(texts) == 1:  # the library's batches wake its threads, which costs more than a lone text
-            (text,) = texts
-            return [self._backend.encode(text) if isinstance(text, str) else self._backend.encode(*text)]
-        return self._backend.encode_batch(texts) if with_offsets else self._backend.encode_batch_fast(texts)
+        if with_offsets or self._shortcut is None:
+            return _encode(self._backend, texts, with_offsets)
+        laid_out = [self._shortcut.lay_out(text) for text in texts]
+        short = iter(_encode(self._shortcut.backend, [text for text in laid_out if text is not None]))
+        others = [text for text, laid in zip(texts, laid_out, strict=True) if laid is None]
+        long = iter(_encode(self._backend, others))
+        return [next(long if laid is None else short) for laid in laid_out]
 
     def describe(self, text: str, special_tokens: bool = True) -> Encoding:
         """Ids, offsets and special-token mask of a text of any length, nothing cut."""
@@ -144,6 +148,13 @@ class Tokenizer:
 
     def is_special(self, token: int) -> bool:
         return token in self._special
+
+
+def _encode(backend: Backend, texts: Sequence[Text], with_offsets: bool = False) -> list[Encoding]:
+    if len(texts) == 1:  # the library's batches wake its threads, which costs more than a lone text
+        (text,) = texts
+        return [backend.encode(text) if isinstance(text, str) else backend.encode(*text)]
+    return backend.encode_batch(texts) if with_offsets else backend.encode_batch_fast(texts)
 
 
 def _cut(row: Tokens, encoding: Encoding, limit: int, side: Side, max_second: int | None) -> Tokens:

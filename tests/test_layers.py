@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 LEVELS = {
     "model": [
         {"errors", "tokens", "vectors", "chunks", "cgroup", "excerpts", "scratch"},
-        {"config"},
+        {"config", "shortcut"},
         {"batch", "hub", "checkpoint", "tokenizer", "windows"},
         {"attention", "pooling"},
         {"bert"},

@@ -25,6 +25,7 @@ from model.config import ModelConfig
 from model.encoder import Encoder
 from model.errors import CheckpointError, InvalidTokens, UnsupportedModel
 from model.excerpts import excerpt
+from model.shortcut import find_shortcut
 from model.tokenizer import Tokenizer
 
 TOKENIZER_FILES = ("config.json", "tokenizer.json", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json")
@@ -120,6 +121,48 @@ def test_offsets_count_characters(both: Both, kind: str) -> None:
 def test_any_string(both: Both, text: str) -> None:
     ours, theirs = both("tokenizer.json")
     assert ours.encode([text])[0].ids.tolist() == theirs(text)["input_ids"]
+
+
+ASCII = st.text(st.characters(max_codepoint=127), max_size=40) | st.text("aB1_.,'[]CLS \n\0", max_size=40)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(st.lists(ASCII, min_size=1, max_size=4), st.sampled_from(["B,", "é", "[SEP]", "\x1f"]))
+@settings(deadline=None, max_examples=100, database=None)
+def test_texts_in_ascii_and_others_side_by_side(both: Both, kind: str, texts: list[str], other: str) -> None:
+    ours, theirs = both(kind)
+    texts = [*texts, texts[0] + other, texts[-1]]
+    pairs = [(text, other) for text in texts]
+    assert [row.ids.tolist() for row in ours.encode(texts, UNCUT)] == [theirs(text)["input_ids"] for text in texts]
+    for row, pair in zip(ours.encode(pairs, UNCUT), pairs, strict=True):
+        wanted = theirs(*pair)
+        assert (row.ids.tolist(), row.types.tolist()) == (wanted["input_ids"], wanted["token_type_ids"])
+
+
+@pytest.mark.parametrize(
+    ("text", "laid_out"),
+    [
+        ("It's 5_000 (five...).", "it's 5 _ 000 (five . . . ) . "),
+        ("A plain Text.", "a plain text."),
+        ("", ""),
+        ("café", None),
+        ("a[MASK]b", None),
+        ("a\x7fb", None),
+        (("A", "B"), ("a", "b")),
+        (("A", "é"), None),
+    ],
+)
+def test_which_texts_take_the_shortcut(minilm: Path, text: Any, laid_out: Any) -> None:
+    shortcut = load(minilm)._shortcut
+    assert shortcut is not None
+    assert shortcut.lay_out(text) == laid_out
+
+
+def test_a_tokenizer_that_searches_what_it_has_normalized_has_no_shortcut(minilm: Path) -> None:
+    backend = Backend.from_file(str(minilm / "tokenizer.json"))
+    backend.add_tokens([AddedToken("ohm", normalized=True)])
+    assert find_shortcut(backend, False) is None
+    assert Tokenizer(backend, 256, 40_000).encode(["OHM"])[0].ids.tolist()[1] == backend.token_to_id("ohm")
 
 
 def test_offsets_by_hand(both: Both) -> None:
