@@ -62,7 +62,7 @@ LENGTHS = [256, 1, 2, 2, 2, 7, 512, 33, 33, 1, 7]
 def test_kernels_equal_the_formula(attend: Attend, heads: int, size: int) -> None:
     q, k, v = random_qkv(sum(LENGTHS), heads * size)
     wanted = by_numpy(q.numpy(), k.numpy(), v.numpy(), LENGTHS, heads)
-    np.testing.assert_allclose(attend(q, k, v, batch_of(*LENGTHS), heads), wanted, rtol=0, atol=5e-6)
+    np.testing.assert_allclose(attend(q, k, v, batch_of(*LENGTHS), heads), wanted, rtol=2e-6, atol=5e-6)
 
 
 @KERNELS
