@@ -24,6 +24,7 @@ log = logging.getLogger("bertd.engine")
 QUERIES = 32  # of a tile, at most
 _WARPS = 4  # of a block of attention
 _ROWS = 4  # of a block of the other kernels
+_VECTOR = 8  # numbers that they read at once
 # By the size of a head, as measured on an H100: blocks of attention that a multiprocessor is to have at once, and tokens of the
 # longest text up to which it is faster than torch's varlen flash attention on a batch of many lengths.
 _BLOCKS = {32: 4, 64: 1}
@@ -32,7 +33,7 @@ HALF = (torch.bfloat16, torch.float16)
 _SOURCES = ("instructions.cu", "kernels.cu")
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 _SIGNATURES = {
-    "add_layer_norm": (*[_POINTER] * 5, _INT, _FLOAT),
+    "add_layer_norm": (_POINTER, _POINTER, _INT, *[_POINTER] * 3, _INT, _FLOAT),
     "embed": (*[_POINTER, _POINTER, _INT] * 3, *[_POINTER] * 3, _INT, _FLOAT),
     "attend": (*[_POINTER] * 4, *[_INT] * 3, _POINTER, _INT, _FLOAT),
 }
@@ -168,7 +169,7 @@ class FusedEmbeddings(nn.Module):
 
 
 class FusedAddNorm(nn.Module):
-    """AddNorm in one pass over memory: LayerNorm of x + residual, both [T, H], with the sum never rounded."""
+    """AddNorm in one pass over memory: LayerNorm of x + residual, [T, H] and [T, H] or [H], with the sum never rounded."""
 
     def __init__(self, norm: nn.Module, kernels: Kernels) -> None:
         super().__init__()
@@ -178,14 +179,39 @@ class FusedAddNorm(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         out = torch.empty_like(x)
-        pointers = (t.data_ptr() for t in (x, residual, self.weight, self.bias, out))
-        self._kernels.launch("add_layer_norm", (-(-len(x) // _ROWS), 1), 32 * _ROWS, (*pointers, len(x), self.eps))
+        step = x.shape[1] // _VECTOR if residual.dim() == 2 else 0
+        pointers = (t.data_ptr() for t in (self.weight, self.bias, out))
+        values = (x.data_ptr(), residual.data_ptr(), step, *pointers, len(x), self.eps)
+        self._kernels.launch("add_layer_norm", (-(-len(x) // _ROWS), 1), 32 * _ROWS, values)
         return out
 
 
-def replace_kernels(bert: Bert, kernels: Kernels) -> None:
-    """Swap the embeddings and every AddNorm of the encoder for the fused ones."""
+class LinearAddNorm(nn.Module):
+    """A sublayer's last product, and LayerNorm of it and the residual: [T, in], [T, H] -> [T, H].
+
+    cuBLAS adds the residual to the product as it writes that, in the residual's place and rounded, so that LayerNorm reads
+    one matrix in place of two. The product's bias comes in there.
+    """
+
+    def __init__(self, linear: nn.Module, norm: nn.Module) -> None:
+        super().__init__()
+        assert isinstance(linear, nn.Linear)
+        self.weight, self.bias = linear.weight, linear.bias
+        self.norm = norm
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """Overwrites the residual: no one reads it after this."""
+        normed: Tensor = self.norm(residual.addmm_(x, self.weight.t()), self.bias)
+        return normed
+
+
+def replace_kernels(bert: Bert, kernels: Kernels, with_residuals: bool = False) -> None:
+    """Swap the embeddings and every AddNorm of the encoder for the fused ones, each with the product before it if so asked."""
     bert.embeddings = FusedEmbeddings(bert.embeddings, kernels)
     for layer in bert.layers:
         layer.attention_norm = FusedAddNorm(layer.attention_norm, kernels)
         layer.feed_forward_norm = FusedAddNorm(layer.feed_forward_norm, kernels)
+        if with_residuals:
+            layer.attention_norm = LinearAddNorm(layer.attention.output, layer.attention_norm)
+            layer.feed_forward_norm = LinearAddNorm(layer.feed_forward.down, layer.feed_forward_norm)
+            layer.attention.output = layer.feed_forward.down = nn.Identity()

@@ -118,9 +118,10 @@ class CudaRunner:
         encoder.bert.to(dtype)  # what stands on it is small and stays in float32
         self.device = device
         config = encoder.config.bert
+        rough = dtype == torch.bfloat16  # what is added or put through GELU in a product is as exact as its rounding, or nearly
         kernels = compile_kernels(config, device, dtype)
         if kernels:
-            replace_kernels(encoder.bert, kernels)
+            replace_kernels(encoder.bert, kernels, with_residuals=rough)
         packed = dtype in HALF and is_ampere_or_newer(device)
         tiles = TileAttention(kernels, config.head_size) if kernels else None
         self._attention = FastestAttention(tiles) if packed else None
@@ -129,7 +130,7 @@ class CudaRunner:
         for layer in encoder.bert.layers:
             layer.attention.attend = self._attention or attend_sdpa
         self._graphs = GraphPool(capture_graphs(device)) if packed and encoder.masked_lm is None else None
-        fused = dtype == torch.bfloat16 and fuse_gelu(encoder.bert)
+        fused = rough and fuse_gelu(encoder.bert)
         attention = f"{'tile and ' if kernels else ''}varlen flash attention" if packed else "SDPA attention"
         graphs = "graphs" if self._graphs else "no graphs"
         self.kernel = f"{attention}, cuBLAS linear{' with GELU' if fused else ''}, {graphs}"

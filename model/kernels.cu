@@ -68,14 +68,15 @@ __device__ void layer_norm(Part &part, const Vector *weight, const Vector *bias,
     }
 }
 
-// LayerNorm of x + residual, all [rows, HIDDEN].
+// LayerNorm of x + residual, all [rows, HIDDEN]. A row of the residual is `step` vectors after the one before: with 0 all are one.
 extern "C" __global__ void __launch_bounds__(32 * ROWS)
-    add_layer_norm(const Vector *x, const Vector *residual, const Vector *weight, const Vector *bias, Vector *out, int rows, float eps) {
+    add_layer_norm(const Vector *x, const Vector *residual, int step, const Vector *weight, const Vector *bias, Vector *out, int rows,
+                   float eps) {
     int row = blockIdx.x * ROWS + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (row >= rows) return;
     Part part;
     add(part, x + (size_t)row * VECTORS, lane, true);
-    add(part, residual + (size_t)row * VECTORS, lane, false);
+    add(part, residual + (size_t)row * step, lane, false);
     layer_norm(part, weight, bias, out + (size_t)row * VECTORS, lane, eps);
 }
 

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from model import compiled_cuda
 from model.attention import attend_reference
 from model.batch import pack
-from model.bert import AddNorm, Embeddings
-from model.compiled_cuda import FusedAddNorm, FusedEmbeddings, TileAttention, macros, tiles_of
+from model.bert import AddNorm, Bert, Embeddings
+from model.compiled_cuda import FusedAddNorm, FusedEmbeddings, TileAttention, macros, replace_kernels, tiles_of
 from model.config import BertConfig
 
 HERE = Path(__file__).parent
@@ -120,6 +120,32 @@ def test_the_sum_of_add_norm_is_not_rounded(emulate, dtype, hidden) -> None:
         weight, bias = norm.weight.float(), norm.bias.float()
         wanted = F.layer_norm(x.float() + residual.float(), (hidden,), weight, bias, norm.eps)
     torch.testing.assert_close(found, wanted.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-3)
+
+
+@pytest.mark.parametrize("with_residuals", [False, True])
+def test_an_encoder_of_these_kernels_is_the_plain_one(emulate, with_residuals) -> None:
+    plain, fused = lively_encoder(), lively_encoder()
+    kernels = emulate(**SIZES)
+    replace_kernels(fused, kernels, with_residuals)
+    for layer in fused.layers:
+        layer.attention.attend = TileAttention(kernels, 32)
+    batch = pack(random_rows(LENGTHS, segments=2))
+    batch = replace(batch, tiles=tiles_of(batch.lengths))
+    plain.float()
+    with torch.inference_mode():
+        for found, wanted in ((fused(batch), plain(batch)), (fused.first_rows(batch), plain.first_rows(batch))):
+            error = (found - wanted).abs()  # of numbers around 1
+            assert error.max() < 0.2
+            assert error.mean() < 0.01
+
+
+def lively_encoder():
+    """An encoder in bfloat16 whose every weight and bias matters."""
+    bert = Bert(config_of(**SIZES, num_hidden_layers=2, intermediate_size=128))
+    torch.manual_seed(3)
+    for name, weight in bert.named_parameters():
+        weight.data = torch.randn(weight.shape) * (0.2 if weight.dim() == 2 else 0.5) + ("norm.weight" in name)
+    return bert.bfloat16()
 
 
 def test_embeddings_are_those_of_the_tables(emulate) -> None:

@@ -112,8 +112,8 @@ template <class Kernel> static void launch(int blocks_x, int blocks_y, int threa
 #define EXPORT(name, ...) \
     extern "C" void launch_##name(int x, int y, int threads, __VA_ARGS__)
 
-EXPORT(add_layer_norm, const Vector *a, const Vector *b, const Vector *c, const Vector *d, Vector *e, int f, float g) {
-    launch(x, y, threads, [=] { add_layer_norm(a, b, c, d, e, f, g); });
+EXPORT(add_layer_norm, const Vector *a, const Vector *b, int c, const Vector *d, const Vector *e, Vector *f, int g, float h) {
+    launch(x, y, threads, [=] { add_layer_norm(a, b, c, d, e, f, g, h); });
 }
 EXPORT(embed, const long long *a, const Vector *b, int c, const long long *d, const Vector *e, int f, const long long *g,
        const Vector *h, int i, const Vector *j, const Vector *k, Vector *l, int m, float n) {
