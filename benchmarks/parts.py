@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 
-from benchmarks.encode import COUNTS, MORE_ON_CUDA, model_folder
+from benchmarks.encode import COUNTS, model_folder
 from benchmarks.machine import matrix_rate
 from benchmarks.workloads import Workload, make_workload
 from model.config import ModelConfig, PoolingMode
@@ -87,7 +87,7 @@ def flops_of(workload: Workload, config: ModelConfig) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="minilm", choices=COUNTS)
+    parser.add_argument("--model", default="minilm", choices=COUNTS["cpu"])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--workloads", nargs="+", default=["short", "mixed", "long"])
@@ -108,7 +108,7 @@ def tell(options: argparse.Namespace, folder: Path) -> None:
         watched, _ = make_runner(folder, options.device, options.dtype, available_cores())
         spent = watch_parts(watched)
     for name in options.workloads:
-        workload = make_workload(name, COUNTS[options.model][name] * (MORE_ON_CUDA[name] if cuda else 1), folder)
+        workload = make_workload(name, COUNTS[options.device][options.model][name], folder)
         rows, flops = tokenizer.encode(workload.texts, max_tokens=512), workload.flops(config)
         times: dict[int, list[float]] = defaultdict(list)
         gains = []

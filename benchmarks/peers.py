@@ -31,6 +31,7 @@ def bertd(dtype: str, folder: Path, device: str, threads: int) -> Encode:
 
     A device that takes batches ahead computes while other processes tokenize, as the API process does in the server.
     """
+    from app.memory import pass_over_what_stays
     from app.waiting import Job, Queue
     from model.config import ModelConfig
     from model.runner import make_runner, use_threads
@@ -46,6 +47,8 @@ def bertd(dtype: str, folder: Path, device: str, threads: int) -> Encode:
     readers = ProcessPoolExecutor(2, get_context("spawn"), _load_tokenizer, (folder,)) if runner.ahead else None
     for started in [readers.submit(_tokenize, ["ready"]) for _ in range(2)] if readers else ():
         started.result()
+    width = runner(split_rows(*_tokenize(["ready"])), config.pooling).shape[1]
+    pass_over_what_stays()
     turn = Condition()
     free = callers
 
@@ -59,7 +62,8 @@ def bertd(dtype: str, folder: Path, device: str, threads: int) -> Encode:
                 free -= bool(batch)
             if not batch:
                 return
-            for row, vector in zip(batch, runner([row.tokens for row in batch], config.pooling), strict=True):
+            vectors = normalize(runner([row.tokens for row in batch], config.pooling))
+            for row, vector in zip(batch, vectors, strict=True):
                 row.job.outcomes[row.place] = vector
             with turn:
                 free += 1
@@ -68,15 +72,17 @@ def bertd(dtype: str, folder: Path, device: str, threads: int) -> Encode:
     def encode(texts: Sequence[str]) -> np.ndarray:
         if len(texts) == 1:
             return normalize(runner(split_rows(*_tokenize(texts)), config.pooling))
-        queue, read, jobs = Queue(choice.max_batch_tokens), Event(), []
+        queue, read = Queue(choice.max_batch_tokens), Event()
+        answer, start = np.empty((len(texts), width), np.float32), 0
         step = max(1, len(texts) * _CHARACTERS_AT_ONCE // sum(map(len, texts))) if readers else len(texts)
         slices = [texts[start : start + step] for start in range(0, len(texts), step)]
         running = []
         try:
             for rows in starmap(split_rows, readers.map(_tokenize, slices) if readers else map(_tokenize, slices)):
-                jobs.append(Job(config.pooling, Future(), 0.0, [None] * len(rows)))
+                job = Job(config.pooling, Future(), 0.0, answer[start : start + len(rows)])
+                start += len(rows)
                 with turn:
-                    queue.add(jobs[-1], rows)
+                    queue.add(job, rows)
                     turn.notify_all()
                 if not running:
                     running = [pool.submit(run_lane, queue, queue.share(free, choice.lanes), read) for _ in range(callers)]
@@ -86,7 +92,7 @@ def bertd(dtype: str, folder: Path, device: str, threads: int) -> Encode:
                 turn.notify_all()
         for lane in running:
             lane.result()
-        return normalize(np.stack([vector for job in jobs for vector in job.outcomes]))
+        return answer
 
     return encode
 

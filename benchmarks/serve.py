@@ -109,7 +109,7 @@ def _until_answers(server: Server, process: subprocess.Popen) -> None:
             time.sleep(0.05)
         else:
             return
-    raise SystemExit(f"{server.name} did not start: {process.args}")
+    raise SystemExit(f"{server.name} did not start; see why with: {shlex.join(process.args)}")
 
 
 def _request(server: Server) -> urllib.request.Request:

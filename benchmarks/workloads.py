@@ -39,7 +39,7 @@ def make_workload(name: str, count: int, folder: Path) -> Workload:
     """`count` texts for the tokenizer of a checkpoint."""
     config = ModelConfig.from_folder(folder)
     tokenizer = Tokenizer.from_folder(folder, config)
-    words = [word for n in range(2000, 12000) if (word := tokenizer.token_text(n)).isascii() and word.isalpha()]
+    words = np.array([word for n in range(2000, 12000) if (word := tokenizer.token_text(n)).isascii() and word.isalpha()])
     random = np.random.default_rng(11)
     lengths = lengths_of(name, count)
     texts = [" ".join(random.choice(words, length - 2)) for length in lengths]
