@@ -1,12 +1,15 @@
 """The compiled kernels, and what kernels.c has of them: embeddings, attention on packed rows, LayerNorm of a sum.
 
-They are built with the package where there is a C compiler, and run where the processor has AVX-512. `attend_sdpa` and
-torch's LayerNorm stand in elsewhere, and judge them in the tests.
+They are built with the package where there is a C compiler, once for AVX-512 and once, in float32, for AVX2. `attend_sdpa` and
+torch's LayerNorm stand in where the processor has neither, and judge them in the tests.
 """
 
 import ctypes
 import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,58 +19,90 @@ from model.bert import AddNorm, Bert, Embeddings
 from model.config import BertConfig
 from model.scratch import Place, Scratch, fresh
 
-LANES = 16  # numbers in a vector; sizes must be multiples of it
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 FEATURES = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}  # bits of what features() returns
 HAS_AMX = 8
 
 _BAD_INDEX = -3  # vectors.h
+_POINTER, _SIZE = ctypes.c_void_p, ctypes.c_long
+_KERNELS: Mapping[str, list[Any]] = {
+    "attend": [_POINTER] * 4 + [_SIZE] * 3 + [_POINTER] * 2 + [_SIZE] * 3,
+    "add_layer_norm": [_POINTER] * 5 + [_SIZE] * 2 + [ctypes.c_float],
+    "embed": [_POINTER, _SIZE] * 3 + [_POINTER] * 6 + [_SIZE] * 2 + [ctypes.c_float],
+    "linear": [_POINTER] * 4 + [_SIZE] * 3 + [ctypes.c_int],
+    "linear_int8": [_POINTER] * 6 + [_SIZE] * 3 + [ctypes.c_int, _POINTER],
+}
+_SIGNATURES = {
+    **{f"{name}_{suffix}": types for name, types in _KERNELS.items() for suffix in SUFFIX.values()},
+    "pack_int8": [_POINTER] * 4 + [_SIZE] * 2,
+    "int8_packed_size": [_SIZE] * 2,
+    "int8_workspace_width": [_SIZE],
+}
+_SIZES = ("int8_packed_size", "int8_workspace_width")  # what they return is a size, and no status
+
+
+@dataclass(frozen=True, eq=False)
+class Library:
+    """The kernels for one kind of processor."""
+
+    instructions: str
+    lanes: int  # numbers in a vector; sizes must be multiples of it
+    functions: Any
 
 
 @cache
-def library() -> ctypes.CDLL | None:
-    """The shared object beside this file; torch, imported above, must be loaded first: it brings OpenMP."""
-    spec = importlib.util.find_spec("model._kernels")
-    if spec is None or spec.origin is None:
-        return None
-    found = ctypes.CDLL(spec.origin)
-    if not found.features():
-        return None
-    pointer, size = ctypes.c_void_p, ctypes.c_long
-    for suffix in SUFFIX.values():
-        getattr(found, f"attend_{suffix}").argtypes = [pointer] * 4 + [size] * 3 + [pointer] * 2 + [size] * 3
-        getattr(found, f"add_layer_norm_{suffix}").argtypes = [pointer] * 5 + [size] * 2 + [ctypes.c_float]
-        getattr(found, f"embed_{suffix}").argtypes = [pointer, size] * 3 + [pointer] * 6 + [size] * 2 + [ctypes.c_float]
-        getattr(found, f"linear_{suffix}").argtypes = [pointer] * 4 + [size] * 3 + [ctypes.c_int]
-        getattr(found, f"linear_int8_{suffix}").argtypes = [pointer] * 6 + [size] * 3 + [ctypes.c_int, pointer]
-    found.pack_int8.argtypes = [pointer] * 4 + [size] * 2
-    found.int8_packed_size.argtypes, found.int8_packed_size.restype = [size] * 2, size
-    found.int8_workspace_width.argtypes, found.int8_workspace_width.restype = [size], size
+def libraries() -> list[Library]:
+    """Those that run on this processor, the fastest first.
+
+    They are shared objects beside this file; torch, imported above, must be loaded first: it brings OpenMP.
+    """
+    kinds = ("AVX-512", 16, "model._kernels_avx512"), ("AVX2", 8, "model._kernels_avx2")
+    specs = [(name, lanes, importlib.util.find_spec(module)) for name, lanes, module in kinds]
+    built = [Library(name, lanes, ctypes.CDLL(spec.origin)) for name, lanes, spec in specs if spec and spec.origin]
+    found = [library for library in built if library.functions.features()]
+    for library in found:
+        for name, types in _SIGNATURES.items():
+            if hasattr(library.functions, name):
+                function = getattr(library.functions, name)
+                function.argtypes, function.restype = types, _SIZE if name in _SIZES else ctypes.c_int
     return found
+
+
+def library() -> Library | None:
+    """The one that is used; None where none was built, or none runs on this processor."""
+    return next(iter(libraries()), None)
+
+
+def kernel(name: str, dtype: torch.dtype) -> Any:
+    """A function of that library for matrices of `dtype`; only where `has(dtype)`."""
+    found = library()
+    assert found is not None
+    return getattr(found.functions, f"{name}_{SUFFIX[dtype]}")
 
 
 def runs(config: BertConfig, dtype: torch.dtype) -> bool:
     """Whether the compiled kernels are there, this processor has their instructions, and the sizes fit them."""
-    fit = all(size % LANES == 0 for size in (config.head_size, config.hidden_size, config.intermediate_size))
-    return fit and has(dtype)
+    found = library()
+    sizes = config.head_size, config.hidden_size, config.intermediate_size
+    return found is not None and has(dtype) and all(size % found.lanes == 0 for size in sizes)
 
 
 def has(dtype: torch.dtype) -> bool:
     """Whether the kernels are there and the processor has their instructions for `dtype`."""
     found = library()
-    return found is not None and bool(found.features() & FEATURES.get(dtype, 0))
+    return found is not None and bool(found.functions.features() & FEATURES.get(dtype, 0))
 
 
 def has_amx() -> bool:
     """Whether the processor has a matrix unit for bfloat16, which oneDNN uses and these kernels do not."""
     found = library()
-    return found is not None and bool(found.features() & HAS_AMX)
+    return found is not None and bool(found.functions.features() & HAS_AMX)
 
 
 def attend_compiled(q: Tensor, k: Tensor, v: Tensor, batch: Batch, heads: int, place: Place = fresh) -> Tensor:
     """Attention per text and head with a plain softmax, from the views in place; bit-equal in any batch."""
     out = place(q.shape[0], q.shape[1], q.dtype)
-    attend = getattr(library(), f"attend_{SUFFIX[q.dtype]}")
+    attend = kernel("attend", q.dtype)
     cu_queries = batch.cu_seqlens if len(q) == len(k) else batch.cu_texts
     pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
     strides = (q.stride(0), k.stride(0), out.stride(0))
@@ -88,7 +123,7 @@ class CompiledEmbeddings(nn.Module):
         self.place = place
         self.tables = [table.weight for table in (embeddings.token, embeddings.segment, embeddings.position)]
         self.norm = embeddings.norm
-        self._embed = getattr(library(), f"embed_{SUFFIX[embeddings.norm.weight.dtype]}")
+        self._embed = kernel("embed", embeddings.norm.weight.dtype)
 
     def forward(self, batch: Batch) -> Tensor:
         weight, bias = self.norm.weight, self.norm.bias
@@ -107,7 +142,7 @@ class CompiledAddNorm(nn.Module):
         assert isinstance(norm, AddNorm)
         self.place = place
         self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
-        self._add_layer_norm = getattr(library(), f"add_layer_norm_{SUFFIX[norm.weight.dtype]}")
+        self._add_layer_norm = kernel("add_layer_norm", norm.weight.dtype)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         out = self.place(x.shape[0], x.shape[1], x.dtype)

@@ -46,6 +46,8 @@ class CpuRunner:
         self.encoder = encoder
         config = encoder.config.bert
         between = _between(config, dtype)
+        library = compiled.library()
+        instructions = library.instructions if library else ""
         if dtype == torch.int8:
             replace_linears_by(Int8Linear, encoder.bert)  # from the float32 weights
         encoder.bert.to(between)  # what stands on it is small and stays in float32
@@ -56,7 +58,7 @@ class CpuRunner:
             linear = f"int8 VNNI linear, {str(between).removeprefix('torch.')} between"
         elif ours:
             replace_linears_by(CompiledLinear, encoder.bert)
-            linear = "AVX-512 linear"
+            linear = f"{instructions} linear"
         elif packing_works(dtype):
             replace_linears(encoder.bert)
             self._rounds = True
@@ -69,7 +71,7 @@ class CpuRunner:
         else:
             for layer in encoder.bert.layers:
                 layer.attention.attend = attend_sdpa
-        self.kernel = f"{'AVX-512' if own else 'SDPA'} attention, {linear}"
+        self.kernel = f"{instructions if own else 'SDPA'} attention, {linear}"
 
     def __call__(self, rows: Sequence[Tokens], task: Task) -> FloatArray:
         order = by_length(rows)

@@ -15,7 +15,7 @@
 #include <stdlib.h>
 
 enum {
-    TILE_ROWS = 8,            /* query rows whose sums are in registers at once */
+    TILE_ROWS = LANES == 16 ? 8 : 6, /* query rows whose sums are in registers at once */
     QUERY_BLOCK = 128,        /* query rows in one task */
     PACKING = 8,              /* copying a key and its value into panels costs about as much as 8 queries of it */
     TASK_WORK = 1 << 17,      /* multiply-adds of either product that a thread takes from the queue at once */
@@ -23,95 +23,74 @@ enum {
     SERIAL_NUMBERS = 1 << 14, /* size of a matrix that one thread normalises sooner than several */
 };
 
-/* 2^x to 1.5e-7 of itself, 1 at 0, 0 at -inf, NaN at NaN. A polynomial takes the fraction of x, and
- * VSCALEF adds the integer part to the exponent. */
-INLINE __m512 exp2_vector(__m512 x)
+/* 2^x for x <= 0, to 1.5e-7 of itself, 1 at 0, 0 at -inf, NaN at NaN. A polynomial takes the fraction of x, and the
+ * integer part is added to the exponent. */
+INLINE floats exp2_vector(floats x)
 {
-    __m512 fraction = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-    __m512 power = _mm512_set1_ps(1.867130166e-03f);
-    power = _mm512_fmadd_ps(power, fraction, _mm512_set1_ps(9.017029777e-03f));
-    power = _mm512_fmadd_ps(power, fraction, _mm512_set1_ps(5.579991266e-02f));
-    power = _mm512_fmadd_ps(power, fraction, _mm512_set1_ps(2.401644439e-01f));
-    power = _mm512_fmadd_ps(power, fraction, _mm512_set1_ps(6.931512952e-01f));
-    power = _mm512_fmadd_ps(power, fraction, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(power, x);
-}
-
-/* Transposes 16 x 16 words in registers: at each step, 2 x 2 blocks of `half` words swap across. */
-INLINE void transpose(__m512i rows[LANES])
-{
-    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-#pragma GCC unroll 4
-    for (int half = 1; half < LANES; half *= 2) {
-        const __m512i bit = _mm512_set1_epi32(half), other = _mm512_set1_epi32(LANES);
-        const __mmask16 upper = _mm512_test_epi32_mask(lane, bit);
-        const __m512i low = _mm512_mask_add_epi32(lane, upper, lane, _mm512_sub_epi32(other, bit));
-        const __m512i high = _mm512_add_epi32(low, bit);
-#pragma GCC unroll 16
-        for (int i = 0; i < LANES; i++)
-            if (!(i & half)) {
-                __m512i first = rows[i], second = rows[i + half];
-                rows[i] = _mm512_permutex2var_epi32(first, low, second);
-                rows[i + half] = _mm512_permutex2var_epi32(first, high, second);
-            }
-    }
+    const floats part = fraction(x);
+    floats power = all(1.867130166e-03f);
+    power = fmadd(power, part, all(9.017029777e-03f));
+    power = fmadd(power, part, all(5.579991266e-02f));
+    power = fmadd(power, part, all(2.401644439e-01f));
+    power = fmadd(power, part, all(6.931512952e-01f));
+    power = fmadd(power, part, all(1.0f));
+    return scale_by_power(power, x);
 }
 
 /* Panels of the transposed keys: k [count, depth] with row stride `stride`, in words, becomes
- * [count / 16][depth][16]; the last panel repeats the last key, and exponentiate() ignores the copies. */
+ * [count / LANES][depth][LANES]; the last panel repeats the last key, and exponentiate() ignores the copies. */
 static void pack_keys(const word *k, long stride, long count, long depth, word *panels)
 {
     for (long key = 0; key < count; key += LANES, panels += LANES * depth)
         for (long column = 0; column < depth; column += LANES) {
             const word *from = k + key * stride + column;
             const long columns = at_most(LANES, depth - column), last = count - 1 - key;
-            __m512i block[LANES];
+            words block[LANES];
 #pragma GCC unroll 16
             for (int i = 0; i < LANES; i++)
-                block[i] = _mm512_maskz_loadu_epi32((1u << columns) - 1, from + at_most(i, last) * stride);
+                block[i] = load_first_words(from + at_most(i, last) * stride, columns);
             transpose(block);
 #pragma GCC unroll 16
             for (int i = 0; i < LANES; i++)
                 if (i < columns)
-                    _mm512_storeu_si512(panels + (column + i) * LANES, block[i]);
+                    store_words(panels + (column + i) * LANES, block[i]);
         }
 }
 
-/* Panels of the values: v [count, head_size] becomes [head_size / 16][depth][16] words, where depth is the
+/* Panels of the values: v [count, head_size] becomes [head_size / LANES][depth][LANES] words, where depth is the
  * number of keys or, in bfloat16, of pairs of keys; a last key without a partner is paired with zeros. */
 INLINE void pack_values(const word *v, long stride, long count, long head_size, word *panels, bool bf16)
 {
     const long depth = bf16 ? blocks_of(count, 2) : count;
     for (long row = 0; row < depth; row++)
         for (long column = 0; column < head_size; column += LANES) {
-            __m512i words;
+            words values;
+#ifdef HAS_BFLOAT16
             if (bf16) {
                 const word *from = v + 2 * row * stride + column / 2;
-                const __m256i even = _mm256_loadu_si256((const __m256i *)from);
-                const __m256i odd = _mm256_maskz_loadu_epi32(2 * row + 1 < count ? 0xff : 0, from + stride);
-                words = _mm512_or_si512(_mm512_cvtepu16_epi32(even),
-                                        _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
+                values = load_pairs(from, from + stride, 2 * row + 1 < count);
             } else
-                words = _mm512_loadu_si512(v + row * stride + column);
-            _mm512_storeu_si512(panels + column * depth + row * LANES, words);
+#endif
+                values = load_words(v + row * stride + column);
+            store_words(panels + column * depth + row * LANES, values);
         }
 }
 
-/* c = a b for `rows` <= 8 rows of a and `width` = 1 or 2 adjacent panels of b. The sums stay in registers, enough of
+/* c = a b for `rows` <= TILE_ROWS rows of a and `width` = 1 or 2 adjacent panels of b. The sums stay in registers, enough of
  * them to hide the latency of a multiply-add. Strides in words; c is float32. */
 INLINE void multiply_tile(const int rows, const int width, const word *a, long a_stride, const word *b, long depth,
                           float *c, long c_stride, bool bf16)
 {
-    __m512 sums[TILE_ROWS][2];
+    floats sums[TILE_ROWS][2];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
-        sums[r][0] = sums[r][1] = _mm512_setzero_ps();
+        sums[r][0] = sums[r][1] = all(0);
     for (long i = 0; i < depth; i++) {
-        const __m512i left = _mm512_loadu_si512(b + i * LANES);
-        const __m512i right = width == 2 ? _mm512_loadu_si512(b + (depth + i) * LANES) : left;
+        const words left = load_words(b + i * LANES);
+        const words right = width == 2 ? load_words(b + (depth + i) * LANES) : left;
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++) {
-            const __m512i factor = _mm512_set1_epi32(a[r * a_stride + i]);
+            const words factor = all_words(a[r * a_stride + i]);
             sums[r][0] = multiply_add(factor, left, sums[r][0], bf16);
             if (width == 2)
                 sums[r][1] = multiply_add(factor, right, sums[r][1], bf16);
@@ -119,9 +98,9 @@ INLINE void multiply_tile(const int rows, const int width, const word *a, long a
     }
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++) {
-        _mm512_storeu_ps(c + r * c_stride, sums[r][0]);
+        store(c + r * c_stride, sums[r][0]);
         if (width == 2)
-            _mm512_storeu_ps(c + r * c_stride + LANES, sums[r][1]);
+            store(c + r * c_stride + LANES, sums[r][1]);
     }
 }
 
@@ -145,8 +124,10 @@ INLINE void multiply(int rows, const word *a, long a_stride, const word *b, long
     case 3: multiply_panels(3, a, a_stride, b, depth, panels, c, c_stride, bf16); break;
     case 4: multiply_panels(4, a, a_stride, b, depth, panels, c, c_stride, bf16); break;
     case 5: multiply_panels(5, a, a_stride, b, depth, panels, c, c_stride, bf16); break;
+#if LANES == 16
     case 6: multiply_panels(6, a, a_stride, b, depth, panels, c, c_stride, bf16); break;
     case 7: multiply_panels(7, a, a_stride, b, depth, panels, c, c_stride, bf16); break;
+#endif
     default: multiply_panels(TILE_ROWS, a, a_stride, b, depth, panels, c, c_stride, bf16);
     }
 }
@@ -169,22 +150,20 @@ __attribute__((noinline)) static void multiply_bf16(int rows, const word *a, lon
 INLINE float exponentiate(float *scores, long keys, float scale, bool bf16)
 {
     const long padded = blocks_of(keys, LANES) * LANES;
-    const __mmask16 present = 0xffff >> (padded - keys);
-    const __m512 nothing = _mm512_set1_ps(-INFINITY), to_log2 = _mm512_set1_ps(scale * (float)M_LOG2E);
+    const floats nothing = all(-INFINITY), to_log2 = all(scale * (float)M_LOG2E);
     float *last = scores + padded - LANES;
-    _mm512_storeu_ps(last, _mm512_mask_loadu_ps(nothing, present, last));
+    store(last, load_first(last, LANES - (padded - keys), nothing));
 
-    __m512 most = nothing, sum = _mm512_setzero_ps();
+    floats most = nothing, sum = all(0);
     for (long i = 0; i < padded; i += LANES)
-        most = _mm512_max_ps(most, _mm512_loadu_ps(scores + i));
-    most = _mm512_set1_ps(_mm512_reduce_max_ps(most));
+        most = larger(most, load(scores + i));
+    most = all(largest_of(most));
     for (long i = 0; i < padded; i += LANES) {
-        const __m512 below_most = _mm512_sub_ps(_mm512_loadu_ps(scores + i), most);
-        const __m512 power = exp2_vector(_mm512_mul_ps(below_most, to_log2));
-        sum = _mm512_add_ps(sum, power);
+        const floats power = exp2_vector((load(scores + i) - most) * to_log2);
+        sum += power;
         store_numbers(scores, i, power, bf16);
     }
-    return 1.0f / _mm512_reduce_add_ps(sum);
+    return 1.0f / sum_of(sum);
 }
 
 /* One task: the queries of a block, the keys of their text, in one head. Pointers to the first, strides in words. */
@@ -236,9 +215,7 @@ INLINE void attend_block(const task t, word *scratch, bool bf16)
                                               mixed, t.head_size);
         for (long r = 0; r < rows; r++)
             for (long i = 0; i < t.head_size; i += LANES)
-                store_numbers(t.out + (done + r) * t.out_stride, i,
-                              _mm512_mul_ps(_mm512_loadu_ps(mixed + r * t.head_size + i),
-                                            _mm512_set1_ps(inverse_sums[r])), bf16);
+                store_numbers(t.out + (done + r) * t.out_stride, i, load(mixed + r * t.head_size + i) * all(inverse_sums[r]), bf16);
     }
 }
 
@@ -268,7 +245,7 @@ static status attend(const word *q, const word *k, const word *v, word *out, lon
 
 #pragma omp parallel if (work > SERIAL_WORK)
     {
-        word *scratch = aligned_alloc(sizeof(__m512), scratch_size);
+        word *scratch = aligned_alloc(sizeof(floats), scratch_size);
         if (!scratch)
             result = OUT_OF_MEMORY;
 #pragma omp for collapse(3) schedule(dynamic, chunk)
@@ -300,28 +277,30 @@ static status attend(const word *q, const word *k, const word *v, word *out, lon
 /* Attention of every text over itself, for all heads: out = softmax(q k^T / sqrt(head_size)) v.
  * q [cu_q[texts], heads * head_size], k and v [cu_k[texts], heads * head_size], out like q, with row strides in
  * numbers; text t has query rows cu_q[t]..cu_q[t + 1] and key rows cu_k[t]..cu_k[t + 1]. head_size is a multiple
- * of 16. out must not overlap the rest. Returns 0 or a negative status. */
+ * of LANES. out must not overlap the rest. Returns 0 or a negative status. */
 int attend_f32(const void *q, const void *k, const void *v, void *out, long q_stride, long kv_stride, long out_stride,
                const int32_t *cu_q, const int32_t *cu_k, long texts, long heads, long head_size)
 {
     return attend(q, k, v, out, q_stride, kv_stride, out_stride, cu_q, cu_k, texts, heads, head_size, false);
 }
 
+#ifdef HAS_BFLOAT16
 /* The same in bfloat16, with scores, softmax and sums in float32. */
 int attend_bf16(const void *q, const void *k, const void *v, void *out, long q_stride, long kv_stride, long out_stride,
                 const int32_t *cu_q, const int32_t *cu_k, long texts, long heads, long head_size)
 {
     return attend(q, k, v, out, q_stride, kv_stride, out_stride, cu_q, cu_k, texts, heads, head_size, true);
 }
+#endif
 
-/* Sixteen numbers of a + b + c, where b and c may be NULL. */
-INLINE __m512 load_sum(const void *a, const void *b, const void *c, long index, bool bf16)
+/* A vector of a + b + c, where b and c may be NULL. */
+INLINE floats load_sum(const void *a, const void *b, const void *c, long index, bool bf16)
 {
-    __m512 sum = load_numbers(a, index, bf16);
+    floats sum = load_numbers(a, index, bf16);
     if (b)
-        sum = _mm512_add_ps(sum, load_numbers(b, index, bf16));
+        sum += load_numbers(b, index, bf16);
     if (c)
-        sum = _mm512_add_ps(sum, load_numbers(c, index, bf16));
+        sum += load_numbers(c, index, bf16);
     return sum;
 }
 
@@ -330,24 +309,23 @@ INLINE __m512 load_sum(const void *a, const void *b, const void *c, long index, 
 INLINE void normalise_row(const void *a, const void *b, const void *c, const void *weight, const void *bias,
                           void *out, long hidden, float eps, bool bf16)
 {
-    __m512 sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
+    floats sum = all(0), squares = all(0);
     for (long i = 0; i < hidden; i += LANES)
-        sum = _mm512_add_ps(sum, load_sum(a, b, c, i, bf16));
-    const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / hidden);
+        sum += load_sum(a, b, c, i, bf16);
+    const floats mean = all(sum_of(sum) / hidden);
     for (long i = 0; i < hidden; i += LANES) {
-        const __m512 centred = _mm512_sub_ps(load_sum(a, b, c, i, bf16), mean);
-        squares = _mm512_fmadd_ps(centred, centred, squares);
+        const floats centred = load_sum(a, b, c, i, bf16) - mean;
+        squares = fmadd(centred, centred, squares);
     }
-    const __m512 scale = _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(squares) / hidden + eps));
+    const floats scale = all(1.0f / sqrtf(sum_of(squares) / hidden + eps));
     for (long i = 0; i < hidden; i += LANES) {
-        const __m512 normal = _mm512_mul_ps(_mm512_sub_ps(load_sum(a, b, c, i, bf16), mean), scale);
-        const __m512 scaled = _mm512_fmadd_ps(normal, load_numbers(weight, i, bf16), load_numbers(bias, i, bf16));
-        store_numbers(out, i, scaled, bf16);
+        const floats normal = (load_sum(a, b, c, i, bf16) - mean) * scale;
+        store_numbers(out, i, fmadd(normal, load_numbers(weight, i, bf16), load_numbers(bias, i, bf16)), bf16);
     }
 }
 
 /* out = LayerNorm(x + residual): contiguous [rows, hidden] matrices, residual may be NULL, out may be x or residual;
- * weight and bias [hidden]; hidden is a multiple of 16. Returns 0 or a negative status. */
+ * weight and bias [hidden]; hidden is a multiple of LANES. Returns 0 or a negative status. */
 int add_layer_norm_f32(const float *x, const float *residual, const float *weight, const float *bias, float *out,
                        long rows, long hidden, float eps)
 {
@@ -360,6 +338,7 @@ int add_layer_norm_f32(const float *x, const float *residual, const float *weigh
     return WORK_OK;
 }
 
+#ifdef HAS_BFLOAT16
 /* The same in bfloat16, with the sum and the statistics in float32. */
 int add_layer_norm_bf16(const uint16_t *x, const uint16_t *residual, const uint16_t *weight, const uint16_t *bias,
                         uint16_t *out, long rows, long hidden, float eps)
@@ -372,6 +351,7 @@ int add_layer_norm_bf16(const uint16_t *x, const uint16_t *residual, const uint1
                       hidden, eps, true);
     return WORK_OK;
 }
+#endif
 
 /* Three tables of `hidden` columns, with so many rows each. */
 typedef struct {
@@ -401,7 +381,7 @@ INLINE int embed(tables from, const int64_t *const indices[3], const void *weigh
 }
 
 /* out [rows, hidden] = LayerNorm(words[ids] + segments[types] + positions[places]), from tables of so many rows as follow
- * them and `hidden` columns; hidden is a multiple of 16. Returns 0 or a negative status: BAD_INDEX where there is no such row. */
+ * them and `hidden` columns; hidden is a multiple of LANES. Returns 0 or a negative status: BAD_INDEX where there is no such row. */
 int embed_f32(const float *words, long word_count, const float *segments, long segment_count, const float *positions,
               long position_count, const int64_t *ids, const int64_t *types, const int64_t *places, const float *weight,
               const float *bias, float *out, long rows, long hidden, float eps)
@@ -410,6 +390,7 @@ int embed_f32(const float *words, long word_count, const float *segments, long s
                  (const int64_t *const[3]){ ids, types, places }, weight, bias, out, rows, hidden, eps, false);
 }
 
+#ifdef HAS_BFLOAT16
 /* The same in bfloat16, with the sum and the statistics in float32. */
 int embed_bf16(const uint16_t *words, long word_count, const uint16_t *segments, long segment_count,
                const uint16_t *positions, long position_count, const int64_t *ids, const int64_t *types,
@@ -419,4 +400,5 @@ int embed_bf16(const uint16_t *words, long word_count, const uint16_t *segments,
     return embed((tables){ { words, segments, positions }, { word_count, segment_count, position_count } },
                  (const int64_t *const[3]){ ids, types, places }, weight, bias, out, rows, hidden, eps, true);
 }
+#endif
 #endif

@@ -1,7 +1,7 @@
 /* Linear layers in float32 and bfloat16: y = activation(x w^T + bias).
  *
- * The weight [out, in] is laid out beforehand as panels [out / 16][depth][16] of words, where depth is the words in a row:
- * one word of each of 16 outputs side by side. Sums are in float32.
+ * The weight [out, in] is laid out beforehand as panels [out / LANES][depth][LANES] of words, where depth is the words
+ * in a row: one word of each of LANES outputs side by side. Sums are in float32.
  *
  * A row's result depends on this row alone: its products are summed in one order, wherever the row lies in the batch and
  * whichever thread computes it. */
@@ -10,11 +10,17 @@
 #include "vectors.h"
 
 enum {
-    PAIR = 2 * LANES,      /* outputs in two adjacent panels */
+#if LANES == 16
     TILE_ROWS = 14,        /* rows whose sums are in registers at once, in two panels */
     ROW_BLOCK = 98,        /* rows in one task: whole tiles */
-    DEPTH_BLOCK = 384,     /* words summed at a stretch: rounding errors grow with their number */
     AHEAD = 64,            /* vectors of a panel between the one that is multiplied and the one that is called for */
+#else
+    TILE_ROWS = 6,
+    ROW_BLOCK = 96,
+    AHEAD = 0,             /* none is: that only takes time */
+#endif
+    PAIR = 2 * LANES,      /* outputs in two adjacent panels */
+    DEPTH_BLOCK = 384,     /* words summed at a stretch: rounding errors grow with their number */
     TASKS = 16,            /* tasks for each thread, lest one wait long for another */
     SERIAL_WORK = 1 << 17, /* multiply-adds that one thread finishes sooner than several */
 };
@@ -39,24 +45,26 @@ INLINE void find_rows(const int rows, const word *tile, long stride, const word 
     }
 }
 
-/* sums [rows, 32] += x w^T for `rows` <= TILE_ROWS rows, `depth` words of each, and two adjacent panels (twice the last
+/* sums [rows, PAIR] += x w^T for `rows` <= TILE_ROWS rows, `depth` words of each, and two adjacent panels (twice the last
  * one, where it has no neighbour). The new sums stay in registers, enough of them to hide the latency of the products. */
 INLINE void multiply_rows(const int rows, const word *x, long stride, const word *left, const word *right, long depth,
                           float *sums, bool bf16)
 {
-    __m512 tile[TILE_ROWS][2];
+    floats tile[TILE_ROWS][2];
 #pragma GCC unroll 16
     for (int r = 0; r < rows; r++)
-        tile[r][0] = tile[r][1] = _mm512_setzero_ps();
+        tile[r][0] = tile[r][1] = all(0);
     const word *from[(TILE_ROWS + 2) / 3];
     find_rows(rows, x, stride, from);
     for (long i = 0; i < depth; i++) {
-        const __m512i a = _mm512_loadu_si512(left + i * LANES), b = _mm512_loadu_si512(right + i * LANES);
-        __builtin_prefetch(left + (i + AHEAD) * LANES);
-        __builtin_prefetch(right + (i + AHEAD) * LANES);
+        const words a = load_words(left + i * LANES), b = load_words(right + i * LANES);
+        if (AHEAD) {
+            __builtin_prefetch(left + (i + AHEAD) * LANES);
+            __builtin_prefetch(right + (i + AHEAD) * LANES);
+        }
 #pragma GCC unroll 16
         for (int r = 0; r < rows; r++) {
-            const __m512i factor = _mm512_set1_epi32(from[r / 3][r % 3 * stride + i]);
+            const words factor = all_words(from[r / 3][r % 3 * stride + i]);
             tile[r][0] = multiply_add(a, factor, tile[r][0], bf16);
             tile[r][1] = multiply_add(b, factor, tile[r][1], bf16);
         }
@@ -64,21 +72,25 @@ INLINE void multiply_rows(const int rows, const word *x, long stride, const word
 #pragma GCC unroll 16
     for (int r = 0; r < rows; r++) {
         float *to = sums + r * PAIR;
-        _mm512_store_ps(to, _mm512_add_ps(_mm512_load_ps(to), tile[r][0]));
-        _mm512_store_ps(to + LANES, _mm512_add_ps(_mm512_load_ps(to + LANES), tile[r][1]));
+        store(to, load(to) + tile[r][0]);
+        store(to + LANES, load(to + LANES) + tile[r][1]);
     }
 }
 
 /* multiply_rows with a constant for each number of rows and each type; functions of their own, because their loops need
  * the registers for themselves. */
+#if LANES == 16
+#define MORE_CASES CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) CASE(13)
+#else
+#define MORE_CASES
+#endif
 #define CASE(n) case n: multiply_rows(n, x, stride, left, right, depth, sums, BF16); break;
 #define MULTIPLY_TILE(name)                                                                                        \
     __attribute__((noinline)) static void name(int rows, const word *x, long stride, const word *left,             \
                                                const word *right, long depth, float *sums)                         \
     {                                                                                                              \
         switch (rows) {                                                                                            \
-            CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11)              \
-            CASE(12) CASE(13)                                                                                      \
+            CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) MORE_CASES                                                     \
         default: multiply_rows(TILE_ROWS, x, stride, left, right, depth, sums, BF16);                              \
         }                                                                                                          \
     }
@@ -101,18 +113,18 @@ INLINE void prefetch_tile(const layer *l, long row, long rows, long column, bool
 INLINE void start_tile(const layer *l, long rows, long column, float *sums)
 {
     for (long c = column, end = at_most(l->out, column + PAIR); c < end; c += LANES, sums += LANES) {
-        const __m512 bias = _mm512_loadu_ps(l->bias + c);
+        const floats bias = load(l->bias + c);
         for (long r = 0; r < rows; r++)
-            _mm512_store_ps(sums + r * PAIR, bias);
+            store(sums + r * PAIR, bias);
     }
 }
 
-/* y = activation(sums) for `rows` rows of the sums of a tile and 16 or 32 columns. */
+/* y = activation(sums) for `rows` rows of the sums of a tile and one or two panels. */
 INLINE void finish_tile(const layer *l, long row, long rows, long column, const float *sums, bool bf16)
 {
     for (long end = at_most(l->out, column + PAIR); column < end; column += LANES, sums += LANES)
         for (long r = 0; r < rows; r++)
-            store_numbers(l->y, (row + r) * l->out + column, activate(_mm512_load_ps(sums + r * PAIR), l->act), bf16);
+            store_numbers(l->y, (row + r) * l->out + column, activate(load(sums + r * PAIR), l->act), bf16);
 }
 
 /* One task: y for a block of rows, which stay in the second-level cache, and a group of columns. */
@@ -158,13 +170,14 @@ static status linear(layer l, bool bf16)
     return WORK_OK;
 }
 
-/* y [rows, out] = activation(x [rows, in] w^T + bias [out]), all contiguous; out is a multiple of 16. activation: 0 none,
+/* y [rows, out] = activation(x [rows, in] w^T + bias [out]), all contiguous; out is a multiple of LANES. activation: 0 none,
  * 1 GELU (the one with erf), 2 ReLU. Returns 0 or a negative status. */
 int linear_f32(const void *x, const void *panels, const float *bias, void *y, long rows, long in, long out, int activation)
 {
     return linear((layer){ x, panels, bias, y, rows, in, out, activation }, false);
 }
 
+#ifdef HAS_BFLOAT16
 /* The same with x, w and y in bfloat16; in is even. */
 int linear_bf16(const void *x, const void *panels, const float *bias, void *y, long rows, long in, long out, int activation)
 {
@@ -172,4 +185,5 @@ int linear_bf16(const void *x, const void *panels, const float *bias, void *y, l
         return BAD_SHAPE;
     return linear((layer){ x, panels, bias, y, rows, in / 2, out, activation }, true);
 }
+#endif
 #endif

@@ -51,9 +51,11 @@ class CompiledLinear(nn.Module):
         self.place = place
         weight = linear.weight.detach().contiguous()
         self.columns, self.activation = len(weight), activation
-        self.panels = _panels(weight.view(torch.int32))
+        found = compiled.library()
+        assert found is not None
+        self.panels = _panels(weight.view(torch.int32), found.lanes)
         self.bias = linear.bias.detach().float()  # no Parameter: it stays in float32 whatever the module moves to
-        self._linear = getattr(compiled.library(), f"linear_{compiled.SUFFIX[weight.dtype]}")
+        self._linear = compiled.kernel("linear", weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.place(len(x), self.columns, x.dtype)
@@ -62,9 +64,9 @@ class CompiledLinear(nn.Module):
         return y
 
 
-def _panels(words: Tensor) -> Tensor:
-    """[out, depth] -> [out / 16, depth, 16]: what linear.c reads in one sweep."""
-    return words.view(-1, compiled.LANES, words.shape[1]).transpose(1, 2).contiguous()
+def _panels(words: Tensor, lanes: int) -> Tensor:
+    """[out, depth] -> [out / lanes, depth, lanes]: what linear.c reads in one sweep."""
+    return words.view(-1, lanes, words.shape[1]).transpose(1, 2).contiguous()
 
 
 class Int8Linear(nn.Module):
@@ -78,24 +80,24 @@ class Int8Linear(nn.Module):
     def __init__(self, linear: nn.Module, activation: int = 0, place: Place = fresh) -> None:
         super().__init__()
         assert isinstance(linear, nn.Linear)
-        library = compiled.library()
-        assert library is not None
+        found = compiled.library()
+        assert found is not None
         self.place = place
-        self.library, self.activation = library, activation
+        self.functions, self.activation = found.functions, activation
         self.sizes = linear.out_features, linear.in_features
-        self.packed = torch.empty(library.int8_packed_size(*self.sizes), dtype=torch.int8)
+        self.packed = torch.empty(self.functions.int8_packed_size(*self.sizes), dtype=torch.int8)
         self.scales = torch.empty(linear.out_features)
         self.sums = torch.empty(linear.out_features, dtype=torch.int32)
         self.bias = linear.bias.detach().float()  # no Parameter: it stays in float32 whatever the module moves to
         weight = linear.weight.float().contiguous()
         outputs = (self.packed.data_ptr(), self.scales.data_ptr(), self.sums.data_ptr())
-        compiled.check(library.pack_int8(weight.data_ptr(), *outputs, *self.sizes))
+        compiled.check(self.functions.pack_int8(weight.data_ptr(), *outputs, *self.sizes))
 
     def forward(self, x: Tensor) -> Tensor:
         columns, inner = self.sizes
         y = self.place(len(x), columns, x.dtype)
-        workspace = self.workspace(len(x), self.library.int8_workspace_width(inner), torch.uint8)
-        linear = getattr(self.library, f"linear_int8_{compiled.SUFFIX[x.dtype]}")
+        workspace = self.workspace(len(x), self.functions.int8_workspace_width(inner), torch.uint8)
+        linear = compiled.kernel("linear_int8", x.dtype)
         weights = (self.packed.data_ptr(), self.scales.data_ptr(), self.sums.data_ptr(), self.bias.data_ptr())
         sizes = (len(x), inner, columns)
         compiled.check(linear(x.data_ptr(), *weights, y.data_ptr(), *sizes, self.activation, workspace.data_ptr()))

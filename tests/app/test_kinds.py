@@ -338,7 +338,8 @@ def test_a_bad_text_or_pair_is_an_error_among_predictions(single: Served, path: 
     assert [first, last] == single.ok("/predict", inputs=[["a"], ["b"]])
     assert [error["error_type"] for error in bad] == ["Empty", "Empty", "Validation"]
     assert answer["details"] == [whole(3), NOTHING, NOTHING, NOTHING, whole(3)]
-    assert asked(single, path, "details=true", inputs=inputs[:1]) == {"predictions": [first], "details": [whole(3)]}
+    alone = single.ok("/predict", inputs=inputs[:1])
+    assert asked(single, path, "details=true", inputs=inputs[:1]) == {"predictions": alone, "details": [whole(3)]}
 
 
 def test_a_lone_text_has_details_but_no_place_for_an_error(single: Served) -> None:

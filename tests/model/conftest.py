@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from model import compiled
+
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
@@ -24,6 +26,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=["AVX-512", "AVX2"])
+def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Our compiled kernels with these and no others, for the dtype of the test."""
+    found = [library for library in compiled.libraries() if library.instructions == request.param]
+    monkeypatch.setattr(compiled, "libraries", lambda: found)
+    if not compiled.has(request.node.callspec.params.get("dtype", torch.float32)):
+        pytest.skip(f"no compiler built the kernels, or the processor lacks what they need of {request.param}")
+    return str(request.param)
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from model.config import BertConfig
 from model.linear import CompiledLinear, GeluLinear, PackedLinear, fuse_gelu, packing_works, replace_linears, replace_linears_by
 
 needs_onednn = pytest.mark.skipif(not packing_works(torch.float32), reason="this torch has no oneDNN")
-needs_kernels = pytest.mark.skipif(not has(torch.float32), reason="no compiler built the kernels, or there is no AVX-512")
-needs_bfloat16 = pytest.mark.skipif(not has(torch.bfloat16), reason="the processor has no bfloat16 arithmetic")
-DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=needs_bfloat16)]
+needs_kernels = pytest.mark.skipif(not has(torch.float32), reason="no compiler built the kernels, or there is no AVX2")
+with_each_kernel = pytest.mark.usefixtures("instructions")
+DTYPES = [torch.float32, torch.bfloat16]
 
 
 @needs_onednn
@@ -52,7 +52,7 @@ def random_linear(width: int, out: int, dtype: torch.dtype) -> tuple[nn.Linear, 
     return nn.Linear(width, out, dtype=dtype).requires_grad_(False), torch.randn(500, width).to(dtype)
 
 
-@needs_kernels
+@with_each_kernel
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("width", "out"), [(2, 16), (34, 48), (384, 1152), (1536, 384), (3072, 768)])
 @pytest.mark.parametrize("rows", [0, 1, 2, 13, 14, 99, 500])
@@ -65,7 +65,7 @@ def test_the_compiled_product_is_the_exact_one(rows: int, width: int, out: int, 
     torch.testing.assert_close(y.double(), wanted, rtol=near, atol=near)
 
 
-@needs_kernels
+@with_each_kernel
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_is_bit_equal_in_any_batch_on_any_threads(dtype: torch.dtype) -> None:
     linear, x = random_linear(768, 96, dtype)
@@ -79,7 +79,7 @@ def test_a_row_is_bit_equal_in_any_batch_on_any_threads(dtype: torch.dtype) -> N
         torch.set_num_threads(threads)
 
 
-@needs_kernels
+@with_each_kernel
 def test_a_number_that_is_none_stays_in_its_row() -> None:
     linear, x = random_linear(64, 32, torch.float32)
     before = CompiledLinear(linear, 1)(x)
