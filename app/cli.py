@@ -9,6 +9,8 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -61,22 +63,28 @@ def _terminate(number: int, frame: object) -> None:
 def serve(settings: Settings) -> None:
     """Serve over HTTP until SIGTERM or SIGINT; every accepted request is answered first."""
     sock = _listen(settings)
-    import uvicorn  # once the port is known to be free: a refusal comes at once
-
-    from app.auth import Keys
-    from app.info import info_of
-    from app.main import counted_refusal, create_app
+    from app.auth import Keys  # once the port is known to be free: a refusal comes at once
     from app.memory import pass_over_what_stays
     from app.record import PROBES
-    from app.server import Server, connection_limit
     from app.serving import Serving, running_serving
     from app.traces import open_tracer
-    from app.wire import Wire
 
     Keys(settings)  # a file without keys is refused before the model is loaded
-    limit = connection_limit(settings.max_connections)
+
+    def load_the_app() -> None:
+        """What only the server needs: half of all that this process loads."""
+        for module in ("app.main", "app.server"):
+            import_module(module)
 
     async def run(serving: Serving) -> None:
+        import uvicorn
+
+        from app.info import info_of
+        from app.main import counted_refusal, create_app
+        from app.server import Server, connection_limit
+        from app.wire import Wire
+
+        limit = connection_limit(settings.max_connections)
         refuse = counted_refusal(serving.metrics)
         probes = [f"{settings.url_prefix or ''}{path}" for path in PROBES]
         wire = Wire(settings.header_timeout, settings.body_timeout, limit, probes, lambda error: refuse(error, {"path": ""}))
@@ -102,7 +110,7 @@ def serve(settings: Settings) -> None:
     if settings.log_inputs:
         logging.getLogger("bertd.request").warning("BERTD_LOG_INPUTS is on: the log will hold texts of clients")
     with open_tracer(settings) as tracer:
-        _around(running_serving, settings, run)
+        _around(partial(running_serving, meanwhile=load_the_app), settings, run)
 
 
 def info(settings: Settings) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -149,8 +149,10 @@ class Service:
 
 
 @asynccontextmanager
-async def running_service(settings: Settings, metrics: Metrics) -> AsyncIterator[Service]:
-    """Start everything that a service needs, and stop it at the end.
+async def running_service(
+    settings: Settings, metrics: Metrics, meanwhile: Callable[[], None] = lambda: None
+) -> AsyncIterator[Service]:
+    """Start everything that a service needs, and stop it at the end; call `meanwhile` in a thread while the engine loads.
 
     Raises ModelError or EngineError when the model cannot be served.
     """
@@ -163,8 +165,10 @@ async def running_service(settings: Settings, metrics: Metrics) -> AsyncIterator
     engines = [Engine(options, settings.engine_timeout)]
     starting = asyncio.ensure_future(_start_all(engines, options, settings.engine_timeout))
     try:
-        sha256, tokenizer = await asyncio.gather(
-            asyncio.to_thread(digest, files), asyncio.to_thread(Tokenizer.from_folder, folder, config)
+        sha256, tokenizer, _ = await asyncio.gather(
+            asyncio.to_thread(digest, files),
+            asyncio.to_thread(Tokenizer.from_folder, folder, config),
+            asyncio.to_thread(meanwhile),
         )
         await starting
         await asyncio.gather(*(engine.check(config.task) for engine in engines))

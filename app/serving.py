@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -126,18 +126,23 @@ class Serving:
 
 
 @asynccontextmanager
-async def running_serving(settings: Settings, metrics: Metrics) -> AsyncIterator[Serving]:
-    """Start a service that can be replaced. Raises ModelError or ServiceError when the model cannot be served."""
-    serving = Serving(settings, metrics, await _start(settings, metrics))
+async def running_serving(
+    settings: Settings, metrics: Metrics, meanwhile: Callable[[], None] = lambda: None
+) -> AsyncIterator[Serving]:
+    """Start a service that can be replaced, and call `meanwhile` in a thread while its engine loads.
+
+    Raises ModelError or ServiceError when the model cannot be served.
+    """
+    serving = Serving(settings, metrics, await _start(settings, metrics, meanwhile))
     try:
         yield serving
     finally:
         await serving.stop()
 
 
-async def _start(settings: Settings, metrics: Metrics) -> Current:
+async def _start(settings: Settings, metrics: Metrics, meanwhile: Callable[[], None] = lambda: None) -> Current:
     async with AsyncExitStack() as stack:
-        service = await stack.enter_async_context(running_service(settings, metrics))
+        service = await stack.enter_async_context(running_service(settings, metrics, meanwhile))
         classification = Classification(service)
         await asyncio.to_thread(classification.store.open)
         return Current(service, classification, stack.pop_all())
