@@ -15,7 +15,7 @@ COPY app app
 COPY model model
 RUN /build/bin/pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir /wheel . \
     && test "$(python -m zipfile --list /wheel/*.whl | grep --count '^model/.*\.cu')" = 2 \
-    && { [ "$(uname -m)" != x86_64 ] || python -m zipfile --list /wheel/*.whl | grep --quiet '^model/_kernels'; }
+    && { [ "$(uname -m)" != x86_64 ] || test "$(python -m zipfile --list /wheel/*.whl | grep --count '^model/_kernels')" = 2; }
 
 FROM base AS strip
 RUN apt-get update && apt-get install --yes --no-install-recommends binutils
