@@ -184,7 +184,7 @@ INLINE long scratch_words(long keys, long head_size, long head_words)
 INLINE void prefetch_next_head(const word *head, long stride, long rows, long head_words)
 {
     for (long row = 0; row < rows; row++)
-        for (long i = 0; i < head_words; i += LANES)
+        for (long i = 0; i < head_words; i += LINE / sizeof(word))
             _mm_prefetch((const char *)(head + row * stride + head_words + i), _MM_HINT_T1);
 }
 

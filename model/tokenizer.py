@@ -151,9 +151,8 @@ class Tokenizer:
 
 
 def _encode(backend: Backend, texts: Sequence[Text], with_offsets: bool = False) -> list[Encoding]:
-    if len(texts) == 1:  # the library's batches wake its threads, which costs more than a lone text
-        (text,) = texts
-        return [backend.encode(text) if isinstance(text, str) else backend.encode(*text)]
+    if len(texts) <= 1:  # the library's batches wake its threads, which costs more than a lone text
+        return [backend.encode(text) if isinstance(text, str) else backend.encode(*text) for text in texts]
     return backend.encode_batch(texts) if with_offsets else backend.encode_batch_fast(texts)
 
 

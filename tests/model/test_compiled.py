@@ -113,7 +113,8 @@ def test_an_index_outside_its_table_is_refused(field: str, index: int) -> None:
         compiled.CompiledEmbeddings(random_embeddings(32))(batch)
 
 
-@pytest.mark.parametrize(("hidden", "heads"), [(20, 1), (84, 12), (60, 5)])
-def test_sizes_that_do_not_fit_are_left_to_torch(hidden: int, heads: int) -> None:
+@pytest.mark.parametrize(("vectors", "heads"), [(1.5, 1), (6, 12), (2.5, 5)])
+def test_sizes_that_do_not_fit_are_left_to_torch(instructions: str, vectors: float, heads: int) -> None:
+    hidden = int(vectors * {"AVX-512": 16, "AVX2": 8}[instructions])
     assert not compiled.runs(BertConfig(hidden_size=hidden, num_attention_heads=heads), torch.float32)
     assert not compiled.runs(BertConfig(), torch.float64)

@@ -7,12 +7,10 @@ import torch
 from torch import nn
 
 from model.bert import ACTIVATIONS, Bert
-from model.compiled import has
 from model.config import BertConfig
 from model.linear import CompiledLinear, GeluLinear, PackedLinear, fuse_gelu, packing_works, replace_linears, replace_linears_by
 
 needs_onednn = pytest.mark.skipif(not packing_works(torch.float32), reason="this torch has no oneDNN")
-needs_kernels = pytest.mark.skipif(not has(torch.float32), reason="no compiler built the kernels, or there is no AVX2")
 with_each_kernel = pytest.mark.usefixtures("instructions")
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -27,15 +25,19 @@ def test_equals_the_plain_layer(width: int, out: int, rows: int, bias: bool) -> 
         torch.testing.assert_close(PackedLinear(linear)(x), linear(x), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("kind", "replace"),
-    [
-        pytest.param(PackedLinear, replace_linears, marks=needs_onednn),
-        pytest.param(CompiledLinear, lambda bert: replace_linears_by(CompiledLinear, bert), marks=needs_kernels),
-    ],
-)
+@needs_onednn
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_every_activation_stays_exact(name, kind, replace) -> None:
+def test_every_activation_stays_exact_in_onednn(name) -> None:
+    stays_exact(name, PackedLinear, replace_linears)
+
+
+@with_each_kernel
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_every_activation_stays_exact_in_our_product(name) -> None:
+    stays_exact(name, CompiledLinear, lambda bert: replace_linears_by(CompiledLinear, bert))
+
+
+def stays_exact(name, kind, replace) -> None:
     torch.manual_seed(0)
     plain = Bert(BertConfig(8, 32, 2, 4, 64, name)).layers[0].feed_forward
     bert = Bert(BertConfig(8, 32, 1, 4, 64, name))
