@@ -25,11 +25,12 @@ from model.compiled_cuda import (
 from model.config import Task
 from model.encoder import Encoder
 from model.errors import DeviceLost, UnsupportedModel
-from model.graphs import BUCKETS, Forward, GraphPool, Transfer, capture_graphs, find_bucket, pad_to
+from model.graphs import BUCKETS, SMALL_BUCKETS, Bucket, Forward, GraphPool, Transfer, Width, capture_graphs, find_bucket, pad_to
 from model.linear import fuse_gelu
 from model.tokens import Tokens
 from model.vectors import FloatArray
 
+_LONG = 32  # tokens of a text on average, at least, in a batch with texts that are too long for tiles
 _BUSY_WAIT = 1024  # tokens of a batch that is worth one: to be woken takes as long as a tenth of it
 
 Answer = TypeVar("Answer")
@@ -126,10 +127,13 @@ class CudaRunner:
         tiles = TileAttention(kernels, config.head_size) if kernels else None
         self._attention = FastestAttention(tiles) if packed else None
         most = config.max_position_embeddings
-        self._longest_texts = sorted({min(tiles.longest, most), most} if tiles else {most})
+        self._widths = [Width(min(tiles.longest, most) if tiles else most)]
+        if tiles and tiles.longest < most:
+            self._widths.append(Width(most, _LONG))
         for layer in encoder.bert.layers:
             layer.attention.attend = self._attention or attend_sdpa
         self._graphs = GraphPool(capture_graphs(device)) if packed and encoder.masked_lm is None else None
+        self._sizes: Sequence[int] = SMALL_BUCKETS  # of the batches that have a graph, for the encoder's own task
         fused = rough and fuse_gelu(encoder.bert)
         attention = f"{'tile and ' if kernels else ''}varlen flash attention" if packed else "SDPA attention"
         graphs = "graphs" if self._graphs else "no graphs"
@@ -139,14 +143,14 @@ class CudaRunner:
 
     def __call__(self, rows: Sequence[Tokens], task: Task) -> FloatArray:
         order = by_length(rows)
-        vectors = self._run([rows[place] for place in order], task, partial(self.encoder, task=task))[-len(rows) :]
+        vectors = self._run([rows[place] for place in order], task, partial(self.encoder, task=task), len(rows))
         answer: FloatArray = np.empty(vectors.shape, dtype=np.float32)
         answer[order] = vectors
         return answer
 
     def hidden(self, rows: Sequence[Tokens]) -> list[FloatArray]:
         lengths = [len(row) for row in rows]
-        matrix = self._run(rows, "hidden", self.encoder.hidden)[-sum(lengths) :]
+        matrix = self._run(rows, "hidden", self.encoder.hidden, sum(lengths))
         return np.split(matrix, np.cumsum(lengths)[:-1])
 
     def on_layer(self, callback: Callable[[bool], None]) -> None:
@@ -158,7 +162,6 @@ class CudaRunner:
         Raises UnsupportedModel where not even one text fits.
         """
         try:
-            self._capture_graphs()
             tokens = self._largest_batch(tokens)
             self._plan_full_batch(tokens)
         except torch.cuda.OutOfMemoryError:
@@ -176,29 +179,34 @@ class CudaRunner:
         self(rows, self.encoder.config.task)
         return tokens / (time.perf_counter() - start)
 
-    def _capture_graphs(self) -> None:
-        for size in BUCKETS if self._graphs else ():
-            for length in {min(size, longest, self.encoder.config.max_tokens) for longest in self._longest_texts}:
-                self(_texts_of(size, length), self.encoder.config.task)
-
     def _largest_batch(self, tokens: int) -> int:
-        """As matrices of all tokens."""
+        """By graphs, which keep their memory, and then as matrices of all tokens besides."""
         length = self.encoder.config.max_tokens
         while True:
             try:
+                self._capture_graphs(tokens)
                 self.hidden(_texts_of(tokens, length))
             except torch.cuda.OutOfMemoryError:
-                torch.cuda.empty_cache()
                 if tokens <= length:
                     raise
                 tokens //= 2
+                if self._graphs is not None:
+                    self._graphs.clear()
+                torch.cuda.empty_cache()
             else:
                 return tokens
+
+    def _capture_graphs(self, tokens: int) -> None:
+        """Largest first: the others find room in the memory of that."""
+        self._sizes = [size for size in BUCKETS if size <= tokens]
+        for size in reversed(self._sizes if self._graphs is not None else ()):
+            for length in {min(size, width.longest, self.encoder.config.max_tokens) for width in self._widths}:
+                self(_texts_of(size, length), self.encoder.config.task)
 
     def _plan_full_batch(self, tokens: int) -> None:
         """Let cuDNN make its plan for a full batch of the longest texts, as long documents that are cut or split make them."""
         length = self.encoder.config.max_tokens
-        if self._attention is None or tokens < max(length, BUCKETS[-1] + 1):  # a graph takes smaller ones
+        if self._attention is None or tokens < max(length, SMALL_BUCKETS[-1] + 1):  # its plan gains nothing with smaller ones
             return
         self._attention.full = tokens // length, length
         try:
@@ -208,11 +216,11 @@ class CudaRunner:
         except RuntimeError:  # no such kernel for this device
             self._attention.full = None
 
-    def _run(self, rows: Sequence[Tokens], task: str, forward: Forward) -> FloatArray:
-        """What a forward makes of the rows, which come last in it."""
+    def _run(self, rows: Sequence[Tokens], task: str, forward: Forward, wanted: int) -> FloatArray:
+        """What a forward makes of the rows: the `wanted` last rows of it, since what fills up a graph comes first."""
 
         def launch() -> tuple[tuple[Tensor, Tensor], Done]:
-            answer = self._launch(rows, task, forward)
+            answer = self._launch(rows, task, forward, wanted)
             host = torch.empty(answer.shape, dtype=torch.float32, pin_memory=True)
             self._copies.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._copies):
@@ -238,12 +246,23 @@ class CudaRunner:
                 raise DeviceLost(f"{self.device} has failed ({error}); a new process is needed") from error
             raise
 
-    def _launch(self, rows: Sequence[Tokens], task: str, forward: Forward) -> Tensor:
+    def _launch(self, rows: Sequence[Tokens], task: str, forward: Forward, wanted: int) -> Tensor:
         """Queue all of a batch on the device."""
-        if self._graphs is not None and (bucket := find_bucket(rows, self._longest_texts)) is not None:
-            return self._graphs(bucket, task, forward, Transfer(pad_to(bucket, rows)))
+        if self._graphs is not None and (bucket := self._find_bucket(rows, task)) is not None:
+            answer = self._graphs(bucket, task, forward, Transfer(pad_to(bucket, rows)))
+            return answer[-wanted:].clone()
         batch = pack(rows)
         if self._attention is not None and self._attention.tiles is not None:
             batch = replace(batch, tiles=tiles_of(batch.lengths))
         transfer = Transfer(batch)
         return forward(transfer.batch_in(transfer.data.to(self.device, non_blocking=True)))
+
+    def _find_bucket(self, rows: Sequence[Tokens], task: str) -> Bucket | None:
+        """The shape of the graph for a batch. Large ones are for one task only, that of which most batches are."""
+        if task != self.encoder.config.task:
+            return find_bucket(rows, self._widths, SMALL_BUCKETS)
+        assert self._attention is not None
+        if self._attention.full == (len(rows), len(rows[0])) and len({len(row) for row in rows}) == 1:
+            texts, length = self._attention.full
+            return Bucket(texts * length, length, texts)
+        return find_bucket(rows, self._widths, self._sizes)

@@ -12,13 +12,32 @@ from model.batch import Batch, pack
 from model.compiled_cuda import QUERIES, tiles_of
 from model.tokens import Tokens
 
-BUCKETS = (16, 32, 64, 128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
-"""Tokens of the batches that have a graph. Above them the kernels take longer than their launches, and a graph gains nothing."""
+SMALL_BUCKETS = (16, 32, 64, 128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
+BUCKETS = (*SMALL_BUCKETS, *range(9216, 16385, 1024), *range(18432, 32769, 2048))
+"""Tokens of the batches that have a graph.
 
-_TOKENS_PER_TEXT = 4  # in a bucket, at least: a graph has places for so many texts and no more
+Above the small ones the kernels take longer than their launches, on a processor that has nothing else to do: a launch lets go
+of the interpreter a hundred times, and may wait for it each time.
+"""
+
 _ALIGNED = 16  # bytes: what a kernel reads at once
 
 Forward = Callable[[Batch], Tensor]
+
+
+@dataclass(frozen=True)
+class Width:
+    """What texts a graph has places for: none of more than `longest` tokens, and of `tokens_per_text` on average, at least.
+
+    An empty place is not for nothing, as attention looks at it: in large buckets there are half as many.
+    """
+
+    longest: int
+    tokens_per_text: int = 4
+
+    def texts(self, tokens: int) -> int:
+        """Places in a bucket of so many tokens."""
+        return max(1, tokens // (self.tokens_per_text if tokens <= SMALL_BUCKETS[-1] else 2 * self.tokens_per_text))
 
 
 @dataclass(frozen=True)
@@ -27,26 +46,24 @@ class Bucket:
 
     tokens: int
     longest: int
-
-    @property
-    def texts(self) -> int:
-        return self.tokens // _TOKENS_PER_TEXT
+    texts: int
 
     @property
     def tiles(self) -> int:
         return self.tokens // QUERIES + self.texts
 
 
-def find_bucket(rows: Sequence[Tokens], longest_texts: Sequence[int]) -> Bucket | None:
-    """The smallest bucket that holds a batch and the dummies that fill it up; None when there is none.
+def find_bucket(rows: Sequence[Tokens], widths: Sequence[Width], sizes: Sequence[int] = BUCKETS) -> Bucket | None:
+    """The smallest bucket of one of `sizes` that holds a batch and the dummies that fill it up; None when there is none.
 
-    A bucket's texts may be as long as one of `longest_texts`, which rise; no text is longer than the last.
+    Its texts are as long as one of `widths` lets them be. Both rise, and no text is longer than the last.
     """
     tokens, length = sum(map(len, rows)), max(map(len, rows))
-    longest = next(longest for longest in longest_texts if length <= longest)
-    for bucket in (Bucket(size, longest) for size in BUCKETS if size >= tokens):
-        if len(rows) + -(-(bucket.tokens - tokens) // longest) <= bucket.texts:
-            return bucket
+    width = next(width for width in widths if length <= width.longest)
+    most = max(SMALL_BUCKETS[-1], 2 * tokens)  # a large one is to be filled by half
+    for size in (size for size in sizes if tokens <= size <= most):
+        if len(rows) + -(-(size - tokens) // width.longest) <= width.texts(size):
+            return Bucket(size, width.longest, width.texts(size))
     return None
 
 
@@ -110,10 +127,14 @@ class GraphPool:
         self._graphs: dict[tuple[Bucket, str], Callable[[Transfer], Tensor]] = {}
 
     def __call__(self, bucket: Bucket, task: str, forward: Forward, batch: Transfer) -> Tensor:
-        """What the forward of a task makes of a batch of the bucket's shape."""
+        """What the forward of a task makes of a batch of the bucket's shape; the next call overwrites it."""
         if (bucket, task) not in self._graphs:
             self._graphs[bucket, task] = self._capture(forward, batch)
         return self._graphs[bucket, task](batch)
+
+    def clear(self) -> None:
+        """Forget all graphs, and give up their memory."""
+        self._graphs.clear()
 
 
 def capture_graphs(device: torch.device) -> Capture:
@@ -133,7 +154,7 @@ def capture_graphs(device: torch.device) -> Capture:
         def replay(batch: Transfer) -> Tensor:
             static.copy_(batch.data, non_blocking=True)
             graph.replay()
-            return answer.clone()  # the next replay overwrites it
+            return answer
 
         return replay
 

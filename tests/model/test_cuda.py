@@ -19,7 +19,7 @@ from model.compiled_cuda import tiles_of
 from model.cuda import CudaRunner, FastestAttention, Pipeline
 from model.encoder import Encoder
 from model.errors import UnsupportedModel
-from model.graphs import BUCKETS, Bucket, find_bucket
+from model.graphs import BUCKETS, Bucket, GraphPool, Width
 from model.runner import make_runner
 from model.tokens import Tokens
 from model.vectors import normalize
@@ -79,18 +79,22 @@ def test_a_launch_that_fails_leaves_the_turn_to_the_next() -> None:
     assert pipeline.run(lambda: device.launch("first")) == "first"
 
 
+WIDTHS = [Width(256), Width(512, 32)]
+
+
 class Recorded(CudaRunner):
     """Notes the rows that it is called with, on no device; so many tokens fit into the memory of that."""
 
     def __init__(self, encoder, fits=10**6) -> None:
         self.fits = fits
         self.encoder = encoder
-        self.ran = []
-        self._graphs, self._attention, self._longest_texts = object(), FastestAttention(None), [256, 512]
+        self.ran, self.buckets = [], []
+        self._graphs, self._attention, self._widths = GraphPool(None), FastestAttention(None), WIDTHS
 
     def __call__(self, rows, task):
         assert task == self.encoder.config.task
         self.ran.append(rows)
+        self.buckets.append(self._find_bucket(rows, task))
 
     def hidden(self, rows):
         tokens = sum(map(len, rows))
@@ -102,18 +106,35 @@ class Recorded(CudaRunner):
 def test_all_graphs_and_a_full_batch_of_the_longest_texts_are_made_at_start(make_checkpoint, tokens, full) -> None:
     runner = Recorded(Encoder.from_folder(make_checkpoint()))
     assert runner.prepare(tokens) == tokens
-    buckets = [find_bucket(rows, (256, 512)) for rows in runner.ran]
-    assert {Bucket(size, 256) for size in BUCKETS} | {Bucket(size, 512) for size in BUCKETS if size > 256} <= set(buckets)
+    buckets = runner.buckets
+    shapes = [(size, WIDTHS[0]) for size in BUCKETS] + [(size, WIDTHS[1]) for size in BUCKETS if size > WIDTHS[0].longest]
+    wanted = {Bucket(size, width.longest, width.texts(size)) for size, width in shapes}
+    assert {bucket for bucket in wanted if bucket.tokens <= tokens} <= set(buckets)
+    assert buckets[:-1] == sorted(buckets[:-1], key=lambda bucket: -bucket.tokens)
     assert runner._attention.full == full
     if full:
-        assert [len(row) for row in runner.ran[-1]] == [full[1]] * full[0]
+        assert buckets[-1] == Bucket(full[0] * full[1], full[1], full[0])
     assert runner.warm_up(tokens) > 0
     assert sum(map(len, runner.ran[-1])) == tokens
 
 
-def test_a_batch_is_halved_until_it_fits(make_checkpoint, monkeypatch) -> None:
+def test_large_graphs_are_for_the_task_of_the_encoder_only(make_checkpoint) -> None:
+    runner = Recorded(Encoder.from_folder(make_checkpoint()))
+    runner.prepare(32768)
+    small, large = random_rows((100,)), random_rows((300,) * 40)
+    task = runner.encoder.config.task
+    assert runner._find_bucket(small, task) == runner._find_bucket(small, "hidden") == Bucket(128, 256, 32)
+    assert runner._find_bucket(large, task) == Bucket(12288, 512, 192)
+    assert runner._find_bucket(large, "hidden") is None
+
+
+def test_a_batch_is_halved_until_it_fits_and_has_no_larger_graphs(make_checkpoint, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    assert Recorded(Encoder.from_folder(make_checkpoint()), fits=40_000).prepare(65536) == 32768
+    runner = Recorded(Encoder.from_folder(make_checkpoint()), fits=20_000)
+    runner._graphs._graphs["too large"] = None
+    assert runner.prepare(65536) == 16384
+    assert runner._find_bucket(random_rows((512,) * 33), runner.encoder.config.task) is None
+    assert not runner._graphs._graphs
 
 
 def test_a_gpu_without_room_for_one_text_is_refused(make_checkpoint, monkeypatch) -> None:
@@ -233,6 +254,8 @@ def test_a_batch_that_does_not_fit_is_refused_and_the_next_one_runs(gpu, minilm)
         with pytest.raises(torch.cuda.OutOfMemoryError):
             runner([Tokens.of([1] * 512)] * 4096, "mean")
         assert 512 <= runner.prepare(2**21) < 2**21
+        torch.cuda.set_per_process_memory_fraction(0.004)
+        assert 512 <= runner.prepare(2**15) < 2**15  # where the largest graph finds no room
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     np.testing.assert_array_equal(runner(rows, "mean"), wanted)

@@ -10,32 +10,45 @@ from model.attention import attend_sdpa
 from model.batch import pack
 from model.compiled_cuda import tiles_of
 from model.encoder import Encoder
-from model.graphs import BUCKETS, Bucket, GraphPool, Transfer, find_bucket, pad_to
+from model.graphs import BUCKETS, Bucket, GraphPool, Transfer, Width, find_bucket, pad_to
+
+WIDTHS = (Width(256), Width(512, 32))
 
 
 @pytest.mark.parametrize(
     ("lengths", "bucket"),
     [
-        ((3,), (16, 256)),
-        ((16,), (16, 256)),
-        ((17,), (32, 256)),
-        ((4, 4, 4, 4), (16, 256)),
-        ((3, 3, 3, 3), (32, 256)),  # the dummy would be a fifth text
-        ((2,) * 8, (64, 256)),
-        ((256, 256), (512, 256)),
-        ((257, 200), (512, 512)),
-        ((512, 512), (1024, 512)),
-        ((512, 500, 100), (1536, 512)),
-        ((512,) * 17, None),
+        ((3,), (16, 256, 4)),
+        ((16,), (16, 256, 4)),
+        ((17,), (32, 256, 8)),
+        ((4, 4, 4, 4), (16, 256, 4)),
+        ((3, 3, 3, 3), (32, 256, 8)),  # the dummy would be a fifth text
+        ((2,) * 8, (64, 256, 16)),
+        ((256, 256), (512, 256, 128)),
+        ((257, 200), (512, 512, 16)),
+        ((257, *(10,) * 20), (768, 512, 24)),
+        ((512, 512), (1024, 512, 32)),
+        ((512, 500, 100), (1536, 512, 48)),
+        ((512,) * 17, (9216, 512, 144)),
+        ((14,) * 1200, (18432, 256, 2304)),
+        ((512,) * 64, (32768, 512, 512)),
+        ((512,) * 65, None),
         ((1,) * 2049, None),
+        ((3,) * 5000, None),
     ],
 )
 def test_the_smallest_bucket_is_taken_that_holds_rows_and_dummies(lengths, bucket) -> None:
-    assert find_bucket(random_rows(lengths), (256, 512)) == (bucket and Bucket(*bucket))
+    assert find_bucket(random_rows(lengths), WIDTHS) == (bucket and Bucket(*bucket))
+
+
+def test_only_buckets_of_the_sizes_that_are_there_are_taken() -> None:
+    rows = random_rows((256, 256, 100))
+    assert find_bucket(rows, WIDTHS, (512, 2048)) == Bucket(2048, 256, 512)
+    assert find_bucket(rows, WIDTHS, (512,)) is None
 
 
 def test_a_bucket_promises_no_longer_texts_than_the_model_reads() -> None:
-    assert find_bucket(random_rows((3,)), (40,)) == Bucket(16, 40)
+    assert find_bucket(random_rows((3,)), [Width(40)]) == Bucket(16, 40, 4)
 
 
 @pytest.mark.parametrize("lengths", [(1,), (3, 5), (9, 9, 9), (64,), (20, 30, 40, 1, 1, 1), (60, 60, 8), (300, 20)])
@@ -45,7 +58,7 @@ def test_padding_to_a_bucket_changes_no_row(make_checkpoint, lengths, max_tokens
     for layer in bert.layers:
         layer.attention.attend = attend_sdpa
     rows = random_rows([min(length, max_tokens) for length in lengths])
-    bucket = find_bucket(rows, (max_tokens,))
+    bucket = find_bucket(rows, [Width(max_tokens)])
     batch = pad_to(bucket, rows)
     assert len(batch.input_ids) == len(batch.positions) == bucket.tokens
     assert len(batch.cu_seqlens) == len(batch.cu_texts) == bucket.texts + 1
@@ -79,10 +92,13 @@ def test_a_graph_is_captured_once_for_each_bucket_and_task() -> None:
     pool = GraphPool(capture)
     for length, task in [(3, "mean"), (5, "mean"), (40, "mean"), (16, "cls"), (16, "mean")]:
         rows = random_rows((length,))
-        bucket = find_bucket(rows, (256, 512))
+        bucket = find_bucket(rows, WIDTHS)
         ids = pool(bucket, task, forwards[task], Transfer(pad_to(bucket, rows), pinned=False))
         assert (-ids if task == "cls" else ids)[-length:].tolist() == rows[0].ids.tolist()
     assert captured == [16, 64, 16]
+    pool.clear()
+    pool(find_bucket(rows, WIDTHS), "mean", forwards["mean"], Transfer(pad_to(bucket, rows), pinned=False))
+    assert captured == [16, 64, 16, 16]
 
 
 def test_buckets_rise() -> None:

@@ -25,7 +25,7 @@ from model.config import ModelConfig
 from model.cpu import CpuRunner
 from model.encoder import Encoder
 from model.errors import CheckpointError, ModelError, UnsupportedModel
-from model.graphs import find_bucket, pad_to
+from model.graphs import Width, find_bucket, pad_to
 from model.tokenizer import Tokenizer
 from model.tokens import Tokens
 from model.vectors import nonzero, sigmoid
@@ -199,7 +199,7 @@ def test_all_tasks_on_a_batch_that_is_padded_for_a_graph(tmp_path: Path, archite
     """What the GPU's runner does, without one."""
     lively_bert(architecture=architecture).save_pretrained(tmp_path)
     encoder, rows = Encoder.from_folder(tmp_path), ROWS[:4]
-    bucket = find_bucket(rows, (512,))
+    bucket = find_bucket(rows, [Width(512)])
     assert bucket is not None
     batch = pad_to(bucket, rows)
     for layer in encoder.bert.layers:
