@@ -71,7 +71,8 @@ class EngineOptions:
 class EngineDied(Exception):
     """The process is gone. `running` tells a batch that it was working on from one that waited in the pipe.
 
-    Of two that a GPU has, the first counts as running, though the other may have been the end of both.
+    Of two that a GPU has, the first counts as running, though the other may have been the end of both: that shows when
+    the rows of the first have gone again.
     """
 
     def __init__(self, running: bool) -> None:

@@ -48,6 +48,7 @@ class Scheduler:
         self._max_queue_tokens = max_queue_tokens
         self._queue = Queue(max_batch_tokens)
         self._jobs: set[Job] = set()
+        self._suspects: set[Engine] = set()  # that run rows which were aboard a death: nothing else is aboard with those
         self._since: dict[Engine, float] = {}  # when each engine began to work, or ended its last batch
         self._restarts = 0
         self._rate = sum(float(engine.facts.get("tokens_per_second", 0)) for engine in engines) or 1.0
@@ -162,8 +163,12 @@ class Scheduler:
             return
         share = self._queue.share(free, sum(engine.lanes for engine in self._engines))
         for engine in self._engines:
-            while engine.room and (batch := self._queue.next_batch(share)):
+            while self._may_take(engine) and (batch := self._queue.next_batch(share)):
                 self._send(engine, batch)
+
+    def _may_take(self, engine: Engine) -> bool:
+        apart = engine in self._suspects or self._queue.is_suspect
+        return engine.room > 0 and not (apart and engine.busy)
 
     def _send(self, engine: Engine, batch: list[Row]) -> None:
         start = time.perf_counter()
@@ -171,12 +176,16 @@ class Scheduler:
             row.job.started = row.job.started or start
         if not engine.busy:
             self._since[engine] = start
-        alone = self._queue.is_empty and not engine.busy
+        if batch[0].deaths:
+            self._suspects.add(engine)
+        alone = engine in self._suspects or (self._queue.is_empty and not engine.busy)
         answer = engine.run(batch[0].job.task, [row.tokens for row in batch], alone)
         answer.add_done_callback(lambda answer: self._finish(engine, batch, answer))
 
     def _finish(self, engine: Engine, batch: list[Row], answer: asyncio.Future[Results]) -> None:
         """A batch came back; every row of it ends here or goes back to the head of the queue."""
+        if batch[0].deaths:
+            self._suspects.discard(engine)
         try:
             results = answer.result()
             self._measure(engine, batch)
@@ -222,13 +231,15 @@ class Scheduler:
                 return
 
     def _after_death(self, batch: list[Row], running: bool) -> None:
+        """Each row that was aboard goes again by itself, so that a second death is that of one text and of no neighbour."""
         for row in batch:
             row.deaths += running
         lost = [row for row in batch if row.deaths >= _DEATHS]
         for row in lost:
             log.error("a text was aboard %d deaths of the engine; its tokens have SHA-256 %s", row.deaths, _digest(row.tokens))
         self._settle_rows(lost, EngineError("the engine died twice over this request; it will not be tried again"))
-        self._queue.put_first([row for row in batch if row.deaths < _DEATHS])
+        left = [row for row in batch if row.deaths < _DEATHS]
+        self._queue.put_first(*([[row] for row in left] if running else [left]))
 
     def _after_failure(self, batch: list[Row], failure: BatchFailed) -> None:
         """Halve a batch that fails for its data until the bad row is alone."""

@@ -95,6 +95,11 @@ class Queue:
         """These batches go again, as they are, in this order."""
         self._again.extendleft(reversed(batches))
 
+    @property
+    def is_suspect(self) -> bool:
+        """Whether the next batch was aboard a death of an engine."""
+        return bool(self._again) and any(row.deaths for row in self._again[0])
+
     def share(self, free: int, lanes: int) -> int:
         """Tokens of what waits for each of the free lanes.
 

@@ -10,6 +10,8 @@ from fake_worker import CRASH, FAIL, HANG, HOLD, SIGNS, SLOW
 
 from app.engine import HIDDEN, BatchFailed, Engine, EngineDied, EngineOptions, State
 from app.errors import EngineError
+from app.metrics import Metrics
+from app.scheduler import Scheduler
 from app.service import _start_all
 from model.tokens import Tokens
 
@@ -111,6 +113,16 @@ async def test_a_death_tells_the_running_batch_from_the_one_in_the_pipe_and_anot
     await until(lambda: engine.room)
     assert engine.restarts == 1
     assert (await engine.run("mean", rows([6])))[0][0] == 6
+
+
+async def test_a_text_that_ends_the_process_twice_takes_no_neighbour_with_it(engine):
+    scheduler = Scheduler([engine], Metrics(), max_batch_tokens=64)
+    ids = [1, 2, CRASH, 3, 4]
+    answers = await asyncio.gather(*(scheduler.submit(rows([number, number]), "mean") for number in ids))
+    outcomes = [answer.outcomes[0] for answer in answers]
+    assert isinstance(outcomes.pop(2), EngineError)
+    assert [outcome[0] for outcome in outcomes] == [2, 4, 6, 8]
+    assert engine.restarts == 2
 
 
 async def test_changes_are_announced(engine):

@@ -231,6 +231,26 @@ async def test_rows_aboard_a_death_are_tried_once_more_and_never_after_a_second(
     assert len(engine.batches) == 2
 
 
+async def test_a_text_that_ends_the_engine_twice_takes_no_neighbour_with_it():
+    engine, scheduler = make(PuppetEngine(depth=2), max_batch_tokens=4)
+    jobs = [submit(scheduler, [number] * 2) for number in range(4)]
+    await turns()
+    assert [rows for _, rows, _ in engine.batches] == [[[0, 0], [1, 1]], [[2, 2], [3, 3]]]
+    for _ in range(2):
+        await engine.answer(EngineDied(running=True))
+    jobs.append(submit(scheduler, [4]))
+    for _ in range(4):
+        await turns()
+        assert engine.out == 1
+        assert engine.alone[-1]
+        ((number, _),) = engine.last
+        await engine.answer(EngineDied(running=True) if number == 2 else None)
+    await engine.answer()
+    outcomes = [(await job).outcomes[0] for job in jobs]
+    assert isinstance(outcomes.pop(2), EngineError)
+    assert [outcome[0] for outcome in outcomes] == [0, 1, 3, 4]
+
+
 async def test_a_batch_that_waited_in_the_pipe_of_a_dead_engine_is_not_held_guilty():
     engine, scheduler = make()
     job = submit(scheduler, [1])
