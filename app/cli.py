@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from app import logs
+from app.child import Child, start_engine
 from app.memory import keep_memory_small
 from app.settings import Settings, SettingsError
 from app.texts import WRITERS, TextsError, read_texts
@@ -63,7 +64,12 @@ def _terminate(number: int, frame: object) -> None:
 def serve(settings: Settings) -> None:
     """Serve over HTTP until SIGTERM or SIGINT; every accepted request is answered first."""
     sock = _listen(settings)
-    from app.auth import Keys  # once the port is known to be free: a refusal comes at once
+    with start_engine() as early:
+        _serve(settings, sock, early)
+
+
+def _serve(settings: Settings, sock: socket.socket, early: Child) -> None:
+    from app.auth import Keys
     from app.memory import pass_over_what_stays
     from app.record import PROBES
     from app.serving import Serving, running_serving
@@ -110,7 +116,7 @@ def serve(settings: Settings) -> None:
     if settings.log_inputs:
         logging.getLogger("bertd.request").warning("BERTD_LOG_INPUTS is on: the log will hold texts of clients")
     with open_tracer(settings) as tracer:
-        _around(partial(running_serving, meanwhile=load_the_app), settings, run)
+        _around(partial(running_serving, early=early, meanwhile=load_the_app), settings, run)
 
 
 def info(settings: Settings) -> None:
@@ -225,9 +231,10 @@ async def _embed_all(service: Any, file: Path, texts: list[str], options: Mappin
 
 
 def _with_service(settings: Settings, run: Callable[[Any], Any]) -> None:
-    from app.service import running_service
+    with start_engine() as early:
+        from app.service import running_service
 
-    _around(running_service, settings, run)
+        _around(partial(running_service, early=early), settings, run)
 
 
 def _around(running: Callable[..., Any], settings: Settings, run: Callable[[Any], Any]) -> None:

@@ -3,20 +3,17 @@
 import asyncio
 import itertools
 import logging
-import os
 import signal
-import socket
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from app.child import ENGINE, Child, start_engine
 from app.errors import EngineError
 from app.frames import Frame, FrameProtocol, dump
 from model.cgroup import memory_limit
@@ -28,21 +25,6 @@ log = logging.getLogger("bertd.engine")
 _RESTART_DELAYS = (0.0, 0.5, 1.0, 2.0, 4.0)  # seconds before each try; after the last the engine has failed
 _START_SECONDS = 600.0  # for a large checkpoint on a slow disk; longer is a hang
 _GRACE_SECONDS = 0.5
-# What torch's libraries read when they are loaded; the user's own values win. See docs/performance.md.
-_ENVIRONMENT = {
-    # Threads spin at a barrier for a short time before they sleep. By default they spin far longer, and when anything
-    # else runs on the machine a thread then burns its core waiting for one that has none: 25 times the latency.
-    "GOMP_SPINCOUNT": "30000",
-    # oneDNN makes a primitive for each number of rows, of megabytes each, and keeps the last 1,024.
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
-    "LRU_CACHE_CAPACITY": "64",
-    # glibc keeps what a batch gave back for the next one. By default it gives large blocks to the system and takes them
-    # anew, a page at a time: a tenth of the time of a lone text, and memory that rises and falls by 80 MiB.
-    "MALLOC_MMAP_THRESHOLD_": str(2**25),
-    "MALLOC_TRIM_THRESHOLD_": str(2**29),
-}
-_WORKER = [sys.executable, "-m", "app.worker"]
-
 
 HIDDEN, SPARSE = "hidden", "sparse"  # the tasks of batches that want a matrix per row; any other gives one row per row
 Results = FloatArray | list[FloatArray]
@@ -87,8 +69,13 @@ class BatchFailed(Exception):
 class Engine:
     """One child process that holds a Runner. Lives in the event loop; nothing here blocks it."""
 
-    def __init__(self, options: EngineOptions, timeout: float, command: Sequence[str] = _WORKER) -> None:
-        """`timeout`: seconds without a word from the process, while a batch is out, after which it is taken for dead."""
+    def __init__(
+        self, options: EngineOptions, timeout: float, command: Sequence[str] = ENGINE, early: Child | None = None
+    ) -> None:
+        """`timeout`: seconds without a word from the process, while a batch is out, after which it is taken for dead.
+
+        `early` is the first process, where one was started beforehand.
+        """
         self.state = State.STOPPED
         self.facts: dict[str, Any] = {}
         self.restarts = 0
@@ -96,6 +83,7 @@ class Engine:
         self._options = options
         self._timeout = timeout
         self._command = command
+        self._early = early
         self._process: subprocess.Popen[bytes] | None = None
         self._transport: asyncio.Transport | None = None
         self._hello: asyncio.Future[Frame | None] | None = None
@@ -180,16 +168,10 @@ class Engine:
     async def _launch(self) -> None:
         loop = asyncio.get_running_loop()
         self._hello = loop.create_future()
-        ours, theirs = socket.socketpair()
-        with theirs:
-            descriptor = theirs.fileno()
-            environment = {**_ENVIRONMENT, **os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-            self._process = subprocess.Popen(
-                [*self._command, str(descriptor)], pass_fds=[descriptor], stdin=subprocess.DEVNULL, env=environment
-            )
-        ours.setblocking(False)
+        child, self._early = self._early or start_engine(self._command), None
+        self._process = child.process
         transport, _ = await loop.create_unix_connection(
-            lambda: FrameProtocol(self._on_frame, lambda: self._on_lost(transport)), sock=ours
+            lambda: FrameProtocol(self._on_frame, lambda: self._on_lost(transport)), sock=child.socket
         )
         self._transport = transport
         transport.writelines(dump(asdict(self._options)))

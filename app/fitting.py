@@ -9,12 +9,11 @@ import contextlib
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
-from pathlib import Path
 
 from app import frames
+from app.child import Child
 from app.errors import EngineError
 from app.frames import Frame, FrameProtocol
 from app.lifeline import end_with_parent
@@ -22,7 +21,7 @@ from model.finetune import Codes, Fitted, Head, fit
 from model.vectors import FloatArray
 
 _COMMAND = (sys.executable, "-m", "app.fitting")
-_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 _NICENESS = 15  # after the engine, too
 
 
@@ -38,31 +37,24 @@ async def fit_in_process(vectors: FloatArray, codes: Codes, balanced: bool) -> F
         if not answer.done():
             answer.set_result(frame)
 
-    ours, process = _start()
+    child = _start()
     try:
-        transport, _ = await loop.create_unix_connection(lambda: FrameProtocol(settle, lambda: settle(None)), sock=ours)
+        transport, _ = await loop.create_unix_connection(lambda: FrameProtocol(settle, lambda: settle(None)), sock=child.socket)
         transport.writelines(frames.dump({"balanced": balanced}, [vectors, codes]))
         try:
             frame = await answer
         finally:
             transport.abort()
     finally:
-        process.kill()
-        code = await asyncio.to_thread(process.wait)
+        child.process.kill()
+        code = await asyncio.to_thread(child.process.wait)
     if frame is None:
         raise EngineError(f"the fit ended with exit code {code}; see the server's log, or send fewer examples or labels")
     return _fitted(frame)
 
 
-def _start() -> tuple[socket.socket, subprocess.Popen[bytes]]:
-    ours, theirs = socket.socketpair()
-    ours.setblocking(False)
-    with theirs:
-        descriptor = theirs.fileno()
-        command = [*_COMMAND, str(descriptor)]
-        return ours, subprocess.Popen(
-            command, pass_fds=[descriptor], stdin=subprocess.DEVNULL, env={**os.environ, **_ENVIRONMENT}
-        )
+def _start() -> Child:
+    return Child(_COMMAND, {**os.environ, **_ENVIRONMENT})
 
 
 def _fitted(frame: Frame) -> Fitted:

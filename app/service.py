@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
+from app.child import Child
 from app.engine import Engine, EngineOptions
 from app.errors import InvalidInput, NotReady, WrongKind
 from app.inputs import TOKENIZERS, Encoded, Reader, Token, check_not_empty
@@ -150,10 +151,11 @@ class Service:
 
 @asynccontextmanager
 async def running_service(
-    settings: Settings, metrics: Metrics, meanwhile: Callable[[], None] = lambda: None
+    settings: Settings, metrics: Metrics, early: Child | None = None, meanwhile: Callable[[], None] = lambda: None
 ) -> AsyncIterator[Service]:
     """Start everything that a service needs, and stop it at the end; call `meanwhile` in a thread while the engine loads.
 
+    `early` is its first engine process, where one was started beforehand.
     Raises ModelError or EngineError when the model cannot be served.
     """
     folder = await asyncio.to_thread(find_model, settings.model, settings.revision)
@@ -162,7 +164,7 @@ async def running_service(
     options = EngineOptions(
         str(folder), settings.device, settings.dtype, settings.threads, settings.max_batch_tokens, settings.pooling
     )
-    engines = [Engine(options, settings.engine_timeout)]
+    engines = [Engine(options, settings.engine_timeout, early=early)]
     starting = asyncio.ensure_future(_start_all(engines, options, settings.engine_timeout))
     try:
         sha256, tokenizer, _ = await asyncio.gather(

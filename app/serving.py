@@ -11,6 +11,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from app.child import Child
 from app.classification import Classification
 from app.errors import BadCheckpoint, Conflict, ServiceError
 from app.memory import pass_over_what_stays
@@ -127,22 +128,24 @@ class Serving:
 
 @asynccontextmanager
 async def running_serving(
-    settings: Settings, metrics: Metrics, meanwhile: Callable[[], None] = lambda: None
+    settings: Settings, metrics: Metrics, early: Child | None = None, meanwhile: Callable[[], None] = lambda: None
 ) -> AsyncIterator[Serving]:
-    """Start a service that can be replaced, and call `meanwhile` in a thread while its engine loads.
+    """Start a service that can be replaced, as `running_service` does.
 
     Raises ModelError or ServiceError when the model cannot be served.
     """
-    serving = Serving(settings, metrics, await _start(settings, metrics, meanwhile))
+    serving = Serving(settings, metrics, await _start(settings, metrics, early, meanwhile))
     try:
         yield serving
     finally:
         await serving.stop()
 
 
-async def _start(settings: Settings, metrics: Metrics, meanwhile: Callable[[], None] = lambda: None) -> Current:
+async def _start(
+    settings: Settings, metrics: Metrics, early: Child | None = None, meanwhile: Callable[[], None] = lambda: None
+) -> Current:
     async with AsyncExitStack() as stack:
-        service = await stack.enter_async_context(running_service(settings, metrics, meanwhile))
+        service = await stack.enter_async_context(running_service(settings, metrics, early, meanwhile))
         classification = Classification(service)
         await asyncio.to_thread(classification.store.open)
         return Current(service, classification, stack.pop_all())

@@ -26,6 +26,7 @@ from app.memory import pass_over_what_stays
 from model.config import transformer_folder, weight_files
 from model.errors import DeviceLost, ModelError
 from model.hub import stamps
+from model.lean import import_torch
 from model.tokens import Tokens, split_rows
 from model.vectors import FloatArray, nonzero
 
@@ -41,6 +42,9 @@ def main() -> None:
     sock = socket.socket(fileno=int(sys.argv[1]))
     end_with_parent(sock)
     os.nice(_NICENESS)
+    import_torch()  # while the other side still finds out what is to be served
+    import model.runner  # noqa: F401
+
     order = frames.receive(sock)
     if order is None:
         return
@@ -114,7 +118,7 @@ class _Lanes:
 
 
 def _load(order: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    from model.runner import make_runner  # torch comes with it
+    from model.runner import make_runner
 
     folder = Path(order.pop("folder"))
     transformer = transformer_folder(folder)

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 LEVELS = {
     "model": [
-        {"errors", "tokens", "vectors", "chunks", "cgroup", "excerpts", "scratch"},
+        {"errors", "tokens", "vectors", "chunks", "cgroup", "excerpts", "scratch", "lean"},
         {"config", "shortcut"},
         {"batch", "hub", "checkpoint", "tokenizer", "windows"},
         {"attention", "pooling"},
@@ -22,7 +22,7 @@ LEVELS = {
         {"runner"},
     ],
     "app": [
-        {"settings", "errors", "render", "frames", "negotiation", "lifeline", "memory", "record"},
+        {"settings", "errors", "render", "frames", "negotiation", "lifeline", "child", "memory", "record"},
         {"metrics", "engine", "compression", "classifiers", "fitting", "waiting", "wire", "cors", "logs", "traces", "texts"},
         {"worker", "scheduler", "inputs"},
         {"outcomes"},

@@ -8,6 +8,7 @@ import pytest
 from ahead_worker import PATIENT
 from fake_worker import CRASH, FAIL, HANG, HOLD, SIGNS, SLOW
 
+from app.child import start_engine
 from app.engine import HIDDEN, BatchFailed, Engine, EngineDied, EngineOptions, State
 from app.errors import EngineError
 from app.metrics import Metrics
@@ -57,6 +58,22 @@ async def test_the_next_batch_is_taken_when_the_one_before_comes_to_its_end(engi
     await until(lambda: rooms)
     assert rooms == [1]
     assert (await first)[0][0] == 1
+
+
+async def test_a_process_that_was_started_beforehand_is_the_first_one_and_is_gone_in_the_end():
+    with start_engine(FAKE) as early:
+        engine = Engine(EngineOptions("nowhere"), 30.0, FAKE, early)
+        await engine.start()
+        assert engine.pid == early.process.pid
+        with pytest.raises(EngineDied):
+            await engine.run("mean", rows([CRASH]))
+        await until(lambda: engine.state is State.READY)
+        assert engine.pid not in (None, early.process.pid)
+        assert (await engine.run("mean", rows([2])))[0][0] == 2
+        await engine.stop()
+    with start_engine(FAKE) as unused:
+        pass
+    assert unused.process.returncode is not None
 
 
 async def test_each_lane_has_room_for_a_batch():
@@ -244,7 +261,7 @@ async def test_an_engine_never_comes_back_with_another_checkpoint(monkeypatch, c
 
 
 async def test_every_device_gets_an_engine_unless_one_is_named(monkeypatch):
-    monkeypatch.setattr(Engine.__init__, "__defaults__", (FAKE,))
+    monkeypatch.setattr(Engine.__init__, "__defaults__", (FAKE, None))
     for device, wanted in {"auto": ["auto", "cuda:1", "cuda:2"], "cuda:1": ["cuda:1"]}.items():
         options = EngineOptions("nowhere", device)
         engines = [Engine(options, 30.0)]

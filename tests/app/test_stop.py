@@ -185,8 +185,8 @@ def test_an_engine_that_hangs_does_not_outlive_a_server_that_is_killed(make_chec
 FIT = """
 import sys
 from app.fitting import _start
-sock, process = _start()
-print(process.pid, flush=True)
+child = _start()
+print(child.process.pid, flush=True)
 sys.stdin.read()
 """
 
