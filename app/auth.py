@@ -50,6 +50,10 @@ class Keys:
         closed = (self._fixed or self._file) and not _is_below(path, self._public)
         return "ApiKey" if closed else None
 
+    def hides(self, path: str) -> bool:
+        """Whether nothing is there because no key could open it: without an admin key, what is below /admin."""
+        return self.admin is None and _is_below(path, _ADMIN)
+
     def current(self, name: KeyName) -> list[Digest]:
         """The keys of that name at this moment."""
         if name == "AdminKey":
@@ -105,7 +109,7 @@ class RequireKey:
         wanted = self._keys.wanted(path)
         if wanted is not None and not _has_one_of(self._keys.current(wanted), scope):
             return Unauthorized(f"{_SAID[wanted]} is missing or wrong; send the header Authorization: Bearer KEY")
-        if self._keys.admin is None and _is_below(path, _ADMIN):
+        if self._keys.hides(path):
             return NotFound(f"{scope['method']} on this path: Not Found; see /docs")  # as any that is not there
         return None
 

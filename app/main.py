@@ -115,14 +115,20 @@ def create_api(refuse: Refuse, keys: Keys | None = None) -> FastAPI:
 
 
 def _with_keys(page: dict[str, Any], keys: Keys) -> dict[str, Any]:
-    """The page of a server with these keys."""
+    """The page of a server with these keys: what it answers, and no more."""
+    page["paths"] = {path: operations for path, operations in page["paths"].items() if not keys.hides(path)}
     for path, operations in page["paths"].items():
         name = keys.wanted(path)
         if name is not None:
             scheme = {"type": "http", "scheme": "bearer", "description": _KEYS[name]}
             page["components"].setdefault("securitySchemes", {})[name] = scheme
-            for operation in operations.values():
+        for operation in operations.values():
+            if name is None:
+                operation["responses"].pop("401", None)
+            else:
                 operation["security"] = [{name: []}]
+            if name == "AdminKey":
+                operation["responses"].pop("404")  # is said of a server without that key
     return page
 
 

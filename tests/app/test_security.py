@@ -360,9 +360,12 @@ async def test_the_page_says_which_key_each_route_wants(keys, admin, tmp_path, m
                 good = [name for name, headers in offered.items() if await opens(method, path, headers)]
                 security = [] if await opens(method, path, {}) else [{name: []} for name in good]
                 assert operation.get("security", []) == security, path
-                assert not security or "401" in operation["responses"], path
+                assert ("401" in operation["responses"]) == bool(security), path
                 wanted.update(*security)
+        answer = await client.post("/admin/reload", headers=ADMIN if admin else KEY)
+        assert ("/admin/reload" in page["paths"]) == bool(admin) == (answer.status_code != 404)
     assert wanted == {name for name, there in (("ApiKey", keys), ("AdminKey", admin)) if there}
+    assert "404" not in page["paths"].get("/admin/reload", {}).get("post", {}).get("responses", {})
     schemes = page["components"].get("securitySchemes", {})
     assert schemes.keys() == wanted
     assert all((scheme["type"], scheme["scheme"]) == ("http", "bearer") for scheme in schemes.values())
