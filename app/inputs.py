@@ -2,14 +2,16 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import TypeVar
 
 import numpy as np
 
+from app.cores import TOKENIZERS
 from app.errors import EmptyInput, InvalidInput, ServiceError, TooManyTokens
 from app.settings import OnOverflow, Settings
 from model.chunks import characters, chunk_spans
@@ -22,8 +24,6 @@ from model.windows import Pieces, split
 
 Input = str | list[int] | tuple[str, str]
 """A text, the ids of a text that the client has tokenized, or a pair of texts."""
-
-TOKENIZERS = 2  # threads that tokenize; the library releases the interpreter lock
 
 _SMALL = 1000  # characters that are tokenized in the event loop: 0.1 ms, what a thread costs
 _LARGE = 100_000  # characters that take so long, 0.1 s and more, that they wait among themselves
@@ -113,7 +113,11 @@ class Reader:
         start = time.perf_counter()
         prompt = self.prompt(options.prompt_name)
         size = _size(inputs) + len(prompt) * sum(isinstance(item, str) for item in inputs)
-        items = await self.off_loop(lambda: self._items(inputs, prompt, options, overlap, with_offsets), size)
+        reading = [
+            self.off_loop(partial(self._items, inputs[part], part.start, prompt, options, overlap, with_offsets), size)
+            for part in _parts(len(inputs), size)
+        ]
+        items = await reading[0] if len(reading) == 1 else await _joined(reading)
         return Encoded(items, size, time.perf_counter() - start)
 
     async def read_chunks(
@@ -209,8 +213,9 @@ class Reader:
         return self._named("", row.ids.tolist(), [(0, 0)] * len(row))
 
     def _items(
-        self, inputs: Sequence[Input], prompt: str, options: Encoding, overlap: float, with_offsets: bool
+        self, inputs: Sequence[Input], first: int, prompt: str, options: Encoding, overlap: float, with_offsets: bool
     ) -> list[Item | ServiceError]:
+        """These inputs, of which the first stands at that place in the request."""
         on_overflow = options.on_overflow or self._settings.on_overflow
         most = self._settings.max_request_tokens
         limit = most if on_overflow == "split" else self._tokenizer.max_tokens
@@ -218,7 +223,7 @@ class Reader:
         enough = limit if on_overflow == "truncate" else most  # who is told a number of tokens is told it up to here
         encoded = iter(self._tokenizer.encode(texts, limit, options.side, with_offsets, options.max_second, enough))
         items: list[Item | ServiceError] = []
-        for place, item in enumerate(inputs):
+        for place, item in enumerate(inputs, first):
             try:
                 row = self._tokenizer.encode_ids(item, limit, options.side) if isinstance(item, list) else next(encoded)
                 for part in item if isinstance(item, tuple) else [item]:
@@ -277,6 +282,22 @@ def check_not_empty(item: Sequence[object], wanted: str) -> None:
 def _size(inputs: Sequence[Input]) -> int:
     """Characters of the texts; token ids have none."""
     return sum(len(item) if isinstance(item, str) else sum(map(len, item)) for item in inputs if not isinstance(item, list))
+
+
+def _parts(count: int, size: int) -> list[slice]:
+    """The parts of a list of so many inputs with so many characters that are read at once: one, unless that is large work."""
+    parts = min(count, TOKENIZERS) if size > _LARGE else 1
+    return [slice(count * part // parts, count * (part + 1) // parts) for part in range(parts)]
+
+
+async def _joined(parts: Iterable[Awaitable[list[T]]]) -> list[T]:
+    """What parts of a list gave, in one list; raises the first error in the order of the list, whichever came first."""
+    joined = []
+    for part in await asyncio.gather(*parts, return_exceptions=True):
+        if isinstance(part, BaseException):
+            raise part
+        joined += part
+    return joined
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

@@ -9,9 +9,10 @@ from importlib.metadata import version
 from typing import Any
 
 from app.child import Child
+from app.cores import TOKENIZERS
 from app.engine import Engine, EngineOptions
 from app.errors import InvalidInput, NotReady, WrongKind
-from app.inputs import TOKENIZERS, Encoded, Reader, Token, check_not_empty
+from app.inputs import Encoded, Reader, Token, check_not_empty
 from app.metrics import Metrics
 from app.outcomes import Merge, Stats, detail_of, merged, raise_first
 from app.record import current_record

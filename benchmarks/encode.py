@@ -23,9 +23,9 @@ from benchmarks.machine import describe_machine, matrix_rate
 from benchmarks.peers import ON_CPU, ON_CUDA, PEERS
 from benchmarks.tables import write_section
 from benchmarks.workloads import Workload, make_workload
+from model.cgroup import available_cores
 from model.config import ModelConfig
 from model.hub import find_model
-from model.runner import available_cores
 
 COUNTS = {  # texts: a pass over them takes a second or so, sentence-transformers' some more
     "cpu": {"minilm": {"short": 600, "mixed": 120, "long": 24}, "base": {"short": 150, "mixed": 64, "long": 6}},

@@ -15,8 +15,9 @@ from statistics import median
 from benchmarks.encode import COUNTS, model_folder
 from benchmarks.machine import matrix_rate
 from benchmarks.workloads import Workload, make_workload
+from model.cgroup import available_cores
 from model.config import ModelConfig, PoolingMode
-from model.runner import Runner, available_cores, make_runner
+from model.runner import Runner, make_runner
 from model.tokenizer import Tokenizer
 from model.tokens import Tokens
 

@@ -17,8 +17,8 @@ from scipy.stats import spearmanr
 from benchmarks.machine import describe_machine
 from benchmarks.peers import bertd
 from benchmarks.tables import write_section
+from model.cgroup import available_cores
 from model.hub import find_model
-from model.runner import available_cores
 from model.vectors import Array, OutputDtype, normalize, quantize
 
 Compare = Callable[[Array, Array], np.ndarray]
@@ -87,7 +87,7 @@ def main() -> None:
     options = parser.parse_args()
     with options.file.open(encoding="utf-8", newline="") as file:
         pairs = list(csv.reader(file))
-    encode = bertd("float32", find_model("sentence-transformers/all-MiniLM-L6-v2"), available_cores())
+    encode = bertd("float32", find_model("sentence-transformers/all-MiniLM-L6-v2"), "cpu", available_cores())
     vectors = encode([pair[0] for pair in pairs] + [pair[1] for pair in pairs])
     rows = table(vectors, np.array([float(pair[2]) for pair in pairs]))
     print("\n".join([HEADER, *rows]))

@@ -32,8 +32,8 @@ from benchmarks.machine import describe_machine
 from benchmarks.peers import bertd
 from benchmarks.tables import write_section
 from benchmarks.workloads import make_workload
+from model.cgroup import available_cores
 from model.hub import find_model
-from model.runner import available_cores
 
 ROOT = Path(__file__).parents[1]
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"

@@ -4,6 +4,7 @@ A process is in one group of each hierarchy, and every group above it may have a
 sees only its own part of a hierarchy, mounted as if that were all of it.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +15,16 @@ _UNLIMITED = 2**60  # bytes; version 1 has no word for it, and says a little les
 def core_limit(proc: Path = _PROC) -> float | None:
     """How many cores the process may keep busy, 1.5 for one and a half; None without a quota."""
     return _least(_cores, proc, "cpu")
+
+
+def available_cores() -> int:
+    """The cores that this process may use: its affinity, within the container's quota.
+
+    Rounded down: threads that use up a quota stand still, all of them, until its next period, and the API process lives on
+    what a fraction leaves over.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, int(core_limit() or cores)))
 
 
 def memory_limit(proc: Path = _PROC) -> int | None:

@@ -211,9 +211,7 @@ class CudaRunner:
         self._attention.full = tokens // length, length
         try:
             self(_texts_of(tokens - tokens % length, length), self.encoder.config.task)
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except RuntimeError:  # no such kernel for this device
+        except RuntimeError:  # no such kernel for this device, or no room for what it needs besides
             self._attention.full = None
 
     def _run(self, rows: Sequence[Tokens], task: str, forward: Forward, wanted: int) -> FloatArray:

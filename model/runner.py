@@ -1,7 +1,6 @@
 """Every choice that depends on the machine, made once, at start."""
 
 import ctypes
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -10,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from model.cgroup import core_limit
+from model.cgroup import available_cores
 from model.compiled_cuda import is_ampere_or_newer
 from model.config import PoolingChoice, Task
 from model.cpu import CpuRunner
@@ -129,13 +128,3 @@ def _find_dtype(device: torch.device, name: str) -> torch.dtype:
     if device.type == "cuda" and name == "auto" and not is_ampere_or_newer(device):  # without arithmetic in bfloat16
         return torch.float16
     return known[name]
-
-
-def available_cores() -> int:
-    """The cores that this process may use: its affinity, within the container's quota.
-
-    Rounded down: threads that use up a quota stand still, all of them, until its next period, and the API process lives on
-    what a fraction leaves over.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores, int(core_limit() or cores)))

@@ -22,7 +22,7 @@ LEVELS = {
         {"runner"},
     ],
     "app": [
-        {"settings", "errors", "render", "frames", "negotiation", "lifeline", "child", "memory", "record"},
+        {"settings", "errors", "render", "frames", "negotiation", "lifeline", "child", "cores", "memory", "record"},
         {"metrics", "engine", "compression", "classifiers", "fitting", "waiting", "wire", "cors", "logs", "traces", "texts"},
         {"worker", "scheduler", "inputs"},
         {"outcomes"},

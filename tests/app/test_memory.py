@@ -14,6 +14,7 @@ import uvicorn
 from servers import running_server, serving_nothing
 
 import app.server
+from app.cores import TOKENIZERS
 from app.memory import give_back, keep_memory_small, pass_over_what_stays
 
 MIB = 2**20
@@ -41,7 +42,7 @@ def test_what_lies_free_between_blocks_in_use_is_given_back():
 
 
 def leave_holes():
-    keep_memory_small()
+    keep_memory_small(1)
     before = resident()
     blocks = [bytes(20_000 + 10_000 * (place % 9)) for place in range(2000)]
     kept = blocks[::50]
@@ -80,7 +81,7 @@ def test_a_large_block_is_given_back_when_it_is_freed():
 
 
 def free_large_blocks():
-    keep_memory_small()
+    keep_memory_small(1)
     for size in (30, 16, 4):  # glibc takes the first that is freed for the size of those that it is to keep
         before = resident()
         block = bytearray(b"a" * size * MIB)
@@ -128,12 +129,12 @@ def thread_arenas(pid: int) -> int:
 
 @glibc
 @pytest.mark.system
-def test_all_threads_of_a_server_share_one_arena(make_checkpoint):
+def test_all_threads_of_a_server_share_an_arena_for_each_that_tokenizes_and_one_more(make_checkpoint):
     with running_server(model=make_checkpoint()) as server:
         for _ in range(3):
             server.post("/embed_all", inputs=[TEXT] * 200)
         assert len(os.listdir(f"/proc/{server.process.pid}/task")) > 2
-        assert thread_arenas(server.process.pid) == 0
+        assert thread_arenas(server.process.pid) <= TOKENIZERS
         assert thread_arenas(server.children()[0]) > 0  # its lanes never wait for each other
 
 

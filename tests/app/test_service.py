@@ -10,9 +10,10 @@ from test_scheduler import PuppetEngine, turns
 
 from app.bulk import embed_many
 from app.chunking import Chunking, embed_chunks
+from app.cores import TOKENIZERS
 from app.embedding import Embedding, embed, embed_tokens
 from app.engine import State
-from app.errors import EngineError, NotReady, WrongKind
+from app.errors import EngineError, InvalidInput, NotReady, WrongKind
 from app.inputs import Encoding
 from app.metrics import Metrics
 from app.scheduler import Scheduler
@@ -107,6 +108,33 @@ async def test_large_work_of_some_does_not_hold_up_small_work_of_others(make_ser
     finally:
         done.set()
         await asyncio.gather(*large)
+
+
+async def test_a_large_list_is_read_in_parts_at_once_and_answered_in_order(make_service, monkeypatch):
+    reader = make_service(PuppetEngine()).reader
+    inputs = [f"{number} " * (1 + number % 3) for number in range(101)]
+    whole = await reader.read(inputs, Encoding())
+    together, encode = threading.Barrier(TOKENIZERS), Tokenizer.encode
+
+    def encode_together(self, texts, *options):
+        together.wait(30)
+        return encode(self, texts, *options)
+
+    monkeypatch.setattr("app.inputs._LARGE", 300)
+    monkeypatch.setattr("app.inputs._SMALL", 0)
+    monkeypatch.setattr(Tokenizer, "encode", encode_together)
+    parted = await reader.read(inputs, Encoding())
+    assert [row.ids.tolist() for row in parted.rows] == [row.ids.tolist() for row in whole.rows]
+    assert len(parted.items) == len(inputs)
+
+
+async def test_of_a_large_list_the_first_text_that_is_refused_is_named(make_service, monkeypatch):
+    reader = make_service(PuppetEngine()).reader
+    monkeypatch.setattr("app.inputs._LARGE", 300)
+    inputs = ["a b"] * 400
+    inputs[250] = inputs[390] = "a b c d e f"
+    with pytest.raises(InvalidInput, match=r"inputs\[250\] has 8 tokens"):
+        await reader.read(inputs, Encoding(on_overflow="error"))
 
 
 async def test_late_chunks_need_a_checkpoint_without_projections(make_service, config):

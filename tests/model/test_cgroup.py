@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from groups import limited_group, python_in
 
-from model.cgroup import core_limit, memory_limit
+from model.cgroup import available_cores, core_limit, memory_limit
 
 V2 = "30 23 0:26 / {root} rw,nosuid - cgroup2 cgroup2 rw"
 CPU = "33 31 0:29 / {root}/cpu rw - cgroup cgroup rw,cpu"
@@ -104,9 +104,13 @@ def test_a_system_without_control_groups(tmp_path: Path) -> None:
     assert (core_limit(tmp_path), memory_limit(tmp_path)) == (None, None)
 
 
+def test_there_is_always_a_core() -> None:
+    assert available_cores() >= 1
+
+
 @pytest.mark.system
 def test_threads_under_a_real_quota() -> None:
-    code = "from model.cgroup import core_limit; from model.runner import available_cores; print(core_limit(), available_cores())"
+    code = "from model.cgroup import available_cores, core_limit; print(core_limit(), available_cores())"
     quota = {"cpu.cfs_period_us": 100_000, "cpu.cfs_quota_us": 150_000}
     with limited_group("cpu", v1=quota, v2={"cpu.max": "150000 100000"}) as group:
         assert python_in(group, "-c", code).stdout == "1.5 1\n"

@@ -12,7 +12,7 @@ from reference import random_rows
 from model.cpu import CpuRunner
 from model.encoder import Encoder
 from model.errors import UnsupportedModel
-from model.runner import available_cores, make_runner, use_threads
+from model.runner import make_runner, use_threads
 
 
 @pytest.fixture
@@ -38,10 +38,6 @@ def test_choices_are_told_and_kept(make_checkpoint: Callable[..., Path]) -> None
 def test_what_this_library_does_not_run(make_checkpoint: Callable[..., Path], options: dict[str, str]) -> None:
     with pytest.raises(UnsupportedModel, match="is not supported"):
         make_runner(make_checkpoint(), **options)
-
-
-def test_there_is_always_a_core() -> None:
-    assert available_cores() >= 1
 
 
 def test_a_thread_sets_its_own_number_of_threads() -> None:

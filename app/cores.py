@@ -1,0 +1,6 @@
+"""What the API process makes of the cores that there are."""
+
+from model.cgroup import available_cores
+
+TOKENIZERS = max(2, min(4, available_cores() // 4))
+"""Threads that tokenize at once; the library releases the interpreter lock."""
