@@ -61,7 +61,7 @@ def test_the_docs_page_needs_no_other_host(server):
         "/ready",
         "/metrics",
     } <= paths.keys()
-    assert {"200", "400", "401", "413", "422", "429", "500", "503", "504"} <= paths["/embed"]["post"]["responses"].keys()
+    assert {"200", "400", "413", "422", "429", "500", "503", "504"} <= paths["/embed"]["post"]["responses"].keys()
 
 
 def test_a_key_is_asked_for_before_the_body(make_checkpoint):
