@@ -4,6 +4,7 @@ Light to import: the engine starts before anything else is loaded.
 """
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -32,6 +33,9 @@ class Child:
     """A process that is given the descriptor of its end of the pair as its last argument. As a context manager, it is killed at
     the end if it still runs.
 
+    It never hears SIGINT and SIGTERM, which terminals and supervisors send to a whole group: the API process decides when
+    it stops.
+
     process  the process, for who owns it to wait for
     socket   our end of the pair, non-blocking
     """
@@ -39,14 +43,18 @@ class Child:
     def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
         self.socket, theirs = socket.socketpair()
         self.socket.setblocking(False)
-        with theirs:
-            descriptor = theirs.fileno()
-            self.process = subprocess.Popen(
-                [*command, str(descriptor)],
-                pass_fds=[descriptor],
-                stdin=subprocess.DEVNULL,
-                env={**environment, "PYTHONPATH": str(Path(__file__).parents[1])},
-            )
+        heard = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))  # a process inherits what is blocked
+        try:
+            with theirs:
+                descriptor = theirs.fileno()
+                self.process = subprocess.Popen(
+                    [*command, str(descriptor)],
+                    pass_fds=[descriptor],
+                    stdin=subprocess.DEVNULL,
+                    env={**environment, "PYTHONPATH": str(Path(__file__).parents[1])},
+                )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, heard)
 
     def __enter__(self) -> Self:
         return self

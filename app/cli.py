@@ -43,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = vars(_parser().parse_args(arguments))
     command: Callable[..., None] = options.pop("command")
     flags = {name: options.pop(name) for name in Settings.model_fields if name in options}
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _terminate)
     try:
         settings = Settings.read(os.environ, {name: value for name, value in flags.items() if value is not None})
         keep_memory_small(1 + TOKENIZERS)  # before there is a second thread
@@ -51,8 +52,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ.update(_NO_TELEMETRY)
         os.environ.setdefault(*_NO_THREADS)
         command(settings, **options)
-    except KeyboardInterrupt:
-        return 130
     except (SettingsError, Failure) as error:
         print(f"bertd: {error}", file=sys.stderr)
         return 1
@@ -60,7 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _terminate(number: int, frame: object) -> None:
-    """End a command, or a server that still starts. Process 1 of a container has no default for a signal: it would ignore it."""
+    """End a command, or a server that still starts.
+
+    Process 1 of a container has no default for a signal: it would ignore it. Python's own KeyboardInterrupt, where it comes
+    while a class is made, has the interpreter end itself by the signal, whoever has caught it.
+    """
     raise SystemExit(128 + number)
 
 

@@ -7,7 +7,6 @@ other side of its socket is gone.
 import asyncio
 import contextlib
 import os
-import signal
 import socket
 import sys
 import threading
@@ -64,8 +63,6 @@ def _fitted(frame: Frame) -> Fitted:
 
 def main() -> None:
     """Read one order, answer it, end; or end as soon as nobody waits for the answer."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the API process decides when to stop
-        signal.signal(number, signal.SIG_IGN)
     sock = socket.socket(fileno=int(sys.argv[1]))
     end_with_parent(sock)
     os.nice(_NICENESS)

@@ -7,7 +7,6 @@ batch over while the first waits for the device.
 
 import contextlib
 import os
-import signal
 import socket
 import sys
 import threading
@@ -37,8 +36,6 @@ _NICENESS = 5  # the API process is to be heard at once: it has little to do, an
 
 def main() -> None:
     """Load, say so, answer batches until the other side is gone."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the API process decides when to stop
-        signal.signal(number, signal.SIG_IGN)
     sock = socket.socket(fileno=int(sys.argv[1]))
     end_with_parent(sock)
     os.nice(_NICENESS)
@@ -143,4 +140,5 @@ def _is_brief(batch: Frame) -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the other side went while we loaded
+        main()
