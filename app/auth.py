@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.errors import NotFound, ServiceError, Unauthorized
 from app.middleware import Refuse, path_of
+from app.negotiation import header_of
 from app.settings import Settings, SettingsError, variable
 
 log = logging.getLogger("bertd.auth")
@@ -115,7 +115,7 @@ class RequireKey:
 
 
 def _has_one_of(keys: Sequence[Digest], scope: Scope) -> bool:
-    scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+    scheme, _, key = (header_of(scope, b"authorization") or "").partition(" ")
     sent = _digest(key.strip().encode("latin-1"))  # the bytes as they came
     good = [hmac.compare_digest(sent, known) for known in keys]  # each of them, whichever fits
     return any(good) and scheme.lower() == "bearer"

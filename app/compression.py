@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Protocol
 
 import zstandard
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.negotiation import Coding, content_coding
+from app.negotiation import Coding, content_coding, header_of
 
 _LEAST = 1024  # bytes that are worth it
 _SMALL = 2**14  # bytes that are compressed in the event loop: 0.3 ms
@@ -37,7 +37,7 @@ class Compress:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        coding = content_coding(Headers(scope=scope).get("accept-encoding", "")) if scope["type"] == "http" else None
+        coding = content_coding(header_of(scope, b"accept-encoding") or "") if scope["type"] == "http" else None
         await self._app(scope, receive, _compressing(send, coding) if coding else send)
 
 

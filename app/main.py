@@ -16,7 +16,7 @@ from app.compression import Compress
 from app.cors import cross_origin
 from app.errors import NotFound, ServiceError
 from app.metrics import Metrics
-from app.middleware import BodyLimit, CancelOnDisconnect, Deadline, Door, PlainPaths, Refuse, path_of
+from app.middleware import BodyLimit, Deadline, Door, PlainPaths, Refuse, WholeBody, path_of
 from app.observe import Observe
 from app.record import current_record
 from app.render import json_bytes
@@ -78,7 +78,7 @@ def create_app(settings: Settings, serving: Serving, tracer: Tracer | None = Non
     app: ASGIApp = DirectRoutes(create_api(refuse, keys), JSON_ROUTES, refuse)
     app = EnterCurrent(app, serving)
     app = Deadline(app, settings.request_timeout, refuse)
-    app = CancelOnDisconnect(app, settings.body_timeout)
+    app = WholeBody(app, settings.body_timeout)
     app = BodyLimit(app, settings.max_body_bytes, refuse)
     app = RequireKey(app, keys, refuse)
     app = Door(Compress(app), serving.closing, serving.check_room, refuse)

@@ -1,20 +1,21 @@
-"""What surrounds every request, as pure ASGI classes: plain paths, the door, the body's limit and time, hang-ups, deadlines."""
+"""What surrounds every request, as pure ASGI classes: plain paths, the door, the body's limit and time, deadlines."""
 
 import asyncio
 import math
 import re
 from collections.abc import Callable
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.errors import BodyTooLarge, DeadlineExceeded, InvalidInput, NotFound, NotReady, Overloaded, RequestTimeout, ServiceError
+from app.negotiation import header_of
 from app.record import PROBES
 
 Refuse = Callable[[ServiceError, Scope], ASGIApp]
 """An error as the answer that the client of a path understands."""
 
-_TIMEOUT_HEADER = "x-request-timeout"
+_TIMEOUT_HEADER = b"x-request-timeout"
 _LARGEST_BODIES = 32  # that the bodies of all requests at once may come to
 _LINGER_BYTES = 64 * 2**20  # of a refused body that are read and thrown away, so that the client gets to read the refusal
 _LINGER_SECONDS = 5.0
@@ -32,7 +33,10 @@ class PlainPaths:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        path = re.sub("/{2,}", "/", scope["path"]).removesuffix("/")
+        path: str = scope["path"]
+        if "//" in path:
+            path = re.sub("/{2,}", "/", path)
+        path = path.removesuffix("/")
         scope["path"] = path if path != self._prefix else f"{path}/"
         if scope["path"].startswith(f"{self._prefix}/") or not self._prefix:
             scope["root_path"] = self._prefix
@@ -107,7 +111,7 @@ class BodyLimit:
             return message
 
         try:
-            self._check(int(Headers(scope=scope).get("content-length", 0)))
+            self._check(int(header_of(scope, b"content-length") or 0))
             await self._app(scope, limited_receive, send)
         except (BodyTooLarge, Overloaded, RequestTimeout) as error:
             await self._refuse(error, scope)(scope, receive, _lingering(send, receive))
@@ -152,10 +156,10 @@ async def _drain(receive: Receive) -> None:
         pass  # a client that neither reads nor stops has had its answer
 
 
-class CancelOnDisconnect:
-    """Cancels the work of a request when its client hangs up: watches `receive` beside the app.
+class WholeBody:
+    """Reads the body before the app is called, which gets it as one message.
 
-    Reads the body first. Raises RequestTimeout when that takes longer than so many seconds.
+    Raises RequestTimeout when that takes longer than so many seconds. Does nothing for a client that is gone before its end.
     """
 
     def __init__(self, app: ASGIApp, body_timeout: float) -> None:
@@ -170,23 +174,11 @@ class CancelOnDisconnect:
         if body is None:
             return
         unread: list[Message] = [{"type": "http.request", "body": body}]
-        work = asyncio.current_task()
-        watch = asyncio.ensure_future(_disconnected(receive))
-        watch.add_done_callback(lambda watch: work is not None and not watch.cancelled() and work.cancel())
 
         async def replay() -> Message:
-            if unread:
-                return unread.pop()
-            await asyncio.shield(watch)
-            return {"type": "http.disconnect"}
+            return unread.pop() if unread else await receive()
 
-        try:
-            await self._app(scope, replay, send)
-        except asyncio.CancelledError:
-            if not watch.done() or work is None or work.uncancel():
-                raise  # somebody else wants this task to end
-        finally:
-            watch.cancel()
+        await self._app(scope, replay, send)
 
     async def _read(self, receive: Receive) -> bytes | None:
         try:
@@ -215,7 +207,8 @@ class Deadline:
             async with asyncio.timeout(seconds) as deadline:
 
                 async def send_in_time(message: Message) -> None:
-                    deadline.reschedule(None)  # what has begun is not cut
+                    if deadline.when() is not None:
+                        deadline.reschedule(None)  # what has begun is not cut
                     await send(message)
 
                 await self._app(scope, receive, send_in_time)
@@ -230,7 +223,7 @@ class Deadline:
     def _limit(self, scope: Scope) -> float | None:
         """Seconds that the request may take; a client can't ask for more than there are for everybody."""
         most = None if takes_long(scope) else self._seconds
-        asked = Headers(scope=scope).get(_TIMEOUT_HEADER)
+        asked = header_of(scope, _TIMEOUT_HEADER)
         if asked is None:
             return most
         try:
@@ -238,7 +231,7 @@ class Deadline:
         except ValueError:
             seconds = 0.0
         if not 0 < seconds < math.inf:
-            raise InvalidInput(f"{_TIMEOUT_HEADER} holds no number of seconds above 0; wanted one, such as 2.5")
+            raise InvalidInput(f"{_TIMEOUT_HEADER.decode()} holds no number of seconds above 0; wanted one, such as 2.5")
         return seconds if most is None else min(seconds, most)
 
 
@@ -257,8 +250,3 @@ async def _whole_body(receive: Receive) -> bytes | None:
         parts.append(message.get("body", b""))
         if not message.get("more_body", False):
             return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

@@ -4,13 +4,13 @@ import logging
 import random
 import time
 
-from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.errors import ServiceError
 from app.logs import INPUT_CHARACTERS, log_request
 from app.metrics import Metrics
 from app.middleware import Refuse
+from app.negotiation import header_of
 from app.record import NO_ROUTE, RequestRecord, begin_record
 from app.traces import Tracer, valid_traceparent
 
@@ -37,9 +37,9 @@ class Observe:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
-        record = RequestRecord(_request_id(headers), scope["method"], valid_traceparent(headers.getlist("traceparent")))
-        span = self._tracer.begin(record, headers.get("tracestate", "")) if self._tracer else None
+        parents = [value.decode("latin-1") for name, value in scope["headers"] if name == b"traceparent"]
+        record = RequestRecord(_request_id(header_of(scope, b"x-request-id")), scope["method"], valid_traceparent(parents))
+        span = self._tracer.begin(record, header_of(scope, b"tracestate") or "") if self._tracer else None
         begin_record(record)
         if self._log_inputs:
             receive = _keeping(receive, record)
@@ -94,8 +94,8 @@ def _keeping(receive: Receive, record: RequestRecord) -> Receive:
     return keeping_receive
 
 
-def _request_id(headers: Headers) -> str:
-    sent = headers.get("x-request-id", "")
-    return (
-        sent if sent.isascii() and sent.isprintable() and 0 < len(sent) <= _REQUEST_ID_SIZE else f"{random.getrandbits(128):032x}"
-    )
+def _request_id(sent: str | None) -> str:
+    """What was sent, where it can stand in a log; else one of our own."""
+    if sent and sent.isascii() and sent.isprintable() and len(sent) <= _REQUEST_ID_SIZE:
+        return sent
+    return f"{random.getrandbits(128):032x}"

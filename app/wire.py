@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 
 import httptools
 from starlette.responses import Response
-from uvicorn._types import ASGI3Application
+from uvicorn._types import ASGI3Application, ASGIReceiveCallable, ASGISendCallable, Scope
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from app.errors import HeadTooLarge, MalformedRequest, NotReady, RequestTimeout, ServiceError
@@ -70,6 +70,7 @@ class Connection(HttpToolsProtocol):
         self._deaf = False  # whatever still comes is thrown away
         self._above_limit = False
         self._running: RequestResponseCycle | None = None  # the request that is being answered, or was last
+        self._work: asyncio.Task[None] | None = None  # that answers it
         self._refusal: ServiceError | None = None  # to be sent after the answer to the request that is running
         self._wait: Wait | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -104,7 +105,7 @@ class Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         if self._running is not None:  # uvicorn tells the last request of a pipeline only
-            _hang_up(self._running)
+            self._hang_up(self._running)
         for timer in filter(None, (self._timer, self._unread)):
             timer.cancel()
         self.wire.above_limit -= self._above_limit
@@ -166,6 +167,8 @@ class Connection(HttpToolsProtocol):
             self._held_bytes = 0
             self._reading = "nothing"
             super().on_message_complete()
+            if self.cycle is self._running:
+                self.flow.resume_reading()  # a large body may have paused it, and the end of the connection is to be seen
 
     def _grow(self, size: int) -> None:
         self._held_bytes = 0
@@ -196,7 +199,17 @@ class Connection(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._running = cycle
-        super()._start_asgi_task(cycle, app)
+        self._work = None
+
+        async def answer(scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
+            self._work = asyncio.current_task()
+            try:
+                await app(scope, receive, send)
+            except asyncio.CancelledError:
+                if not cycle.disconnected:
+                    raise  # somebody else wants this task to end
+
+        super()._start_asgi_task(cycle, answer)
 
     def on_response_complete(self) -> None:
         self.server_state.total_requests += 1
@@ -219,6 +232,14 @@ class Connection(HttpToolsProtocol):
             self._running.keep_alive = False
 
     # What ends a connection
+
+    def _hang_up(self, cycle: RequestResponseCycle) -> None:
+        """Cancel the work of a request whose client is gone; where it has not begun, what it receives tells it so."""
+        if not cycle.response_complete:
+            cycle.disconnected = True
+            if cycle is self._running and self._work is not None:
+                self._work.cancel()
+        cycle.message_event.set()
 
     @property
     def _busy(self) -> bool:
@@ -277,7 +298,7 @@ class Connection(HttpToolsProtocol):
             self.transport.close()
         else:
             if broken is not None:
-                _hang_up(broken)
+                self._hang_up(broken)
             self._say(error)
 
     def _say(self, error: ServiceError) -> None:
@@ -294,13 +315,6 @@ def _new_parser(connection: Connection) -> httptools.HttpRequestParser:
     parser = httptools.HttpRequestParser(connection)
     parser.set_dangerous_leniencies(lenient_data_after_close=True)  # the first of several pipelined requests is answered
     return parser
-
-
-def _hang_up(cycle: RequestResponseCycle) -> None:
-    """Tell the app that the client of a request is gone."""
-    if not cycle.response_complete:
-        cycle.disconnected = True
-    cycle.message_event.set()
 
 
 def _malformed() -> MalformedRequest:

@@ -11,7 +11,7 @@ from fastapi.responses import StreamingResponse
 
 from app.api.fields import PerText
 from app.errors import NotAcceptable, ServiceError
-from app.negotiation import MediaType, media_type
+from app.negotiation import MediaType, header_of, media_type
 from app.outcomes import Stats
 from app.record import current_record
 from app.render import base64_text, in_blocks, json_bytes, json_list, raw_rows, safetensors
@@ -20,7 +20,7 @@ from model.vectors import Array, FloatArray
 
 
 def _accepted(request: Request) -> MediaType:
-    return media_type(request.headers.get("accept", ""))
+    return media_type(header_of(request.scope, b"accept") or "")
 
 
 Accepted = Annotated[MediaType, Depends(_accepted)]

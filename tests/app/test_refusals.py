@@ -134,11 +134,13 @@ def test_a_client_that_sends_all_of_a_large_body_reads_the_refusal(server):
 
 
 def test_clients_that_hang_up_leave_nothing_behind(server):
-    body = json.dumps({"inputs": ["word " * 200] * 60}).encode()
-    head = b"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
+    body = json.dumps({"inputs": ["word " * 200] * 150}).encode()  # its last part is so large that reading pauses
+    head = b"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\nExpect: 100-continue\r\n\r\n" % len(body)
     for _ in range(30):
         with socket.create_connection(server.address, timeout=10) as connection:
-            connection.sendall(head + body)
+            connection.sendall(head)
+            assert connection.recv(100).startswith(b"HTTP/1.1 100")  # it waits for the body
+            connection.sendall(body)
     with socket.create_connection(server.address, timeout=10) as connection:
         connection.sendall(head + body[:100])
     assert server.post("/embed", inputs=TEXT).status_code == 200
