@@ -5,6 +5,7 @@
 
 typedef __m256 floats;
 typedef __m256i words;
+typedef int32_t integers __attribute__((vector_size(LANES * 4), may_alias));
 
 INLINE floats load(const float *from) { return _mm256_loadu_ps(from); }
 INLINE void store(float *to, floats x) { _mm256_storeu_ps(to, x); }
@@ -31,6 +32,7 @@ INLINE words load_first_words(const word *from, long count)
 
 INLINE floats fmadd(floats a, floats b, floats c) { return _mm256_fmadd_ps(a, b, c); }
 INLINE floats larger(floats a, floats b) { return _mm256_max_ps(a, b); }
+INLINE floats smaller(floats a, floats b) { return _mm256_min_ps(a, b); }
 
 INLINE float sum_of(floats x)
 {
@@ -45,6 +47,8 @@ INLINE float largest_of(floats x)
     most = _mm_max_ps(most, _mm_movehl_ps(most, most));
     return _mm_cvtss_f32(_mm_max_ss(most, _mm_movehdup_ps(most)));
 }
+
+INLINE float smallest_of(floats x) { return -largest_of(-x); }
 
 INLINE floats limited(floats x, float limit) { return _mm256_min_ps(all(limit), _mm256_andnot_ps(all(-0.0f), x)); }
 
@@ -62,6 +66,23 @@ INLINE floats look_up(const float *table, words index)
 {
     const floats low = _mm256_permutevar8x32_ps(load(table), index), high = _mm256_permutevar8x32_ps(load(table + 8), index);
     return _mm256_blendv_ps(low, high, (floats)_mm256_slli_epi32(index, 28)); /* by the fourth bit */
+}
+
+INLINE integers rounded(floats x) { return (integers)_mm256_cvtps_epi32(x); }
+INLINE void store_bytes(uint8_t *to, integers x)
+{
+    const __m128i low = _mm256_castsi256_si128((words)x), high = _mm256_extracti128_si256((words)x, 1);
+    const __m128i halves = _mm_packus_epi32(low, high);
+    _mm_storel_epi64((__m128i *)to, _mm_packus_epi16(halves, halves));
+}
+
+/* Of two words at once: their products are added in 16 bits, those of the first two columns of both words and those of the last
+ * two, and then in 32. The first sums must not overflow; those of two products alone would saturate. */
+enum { BYTE_WORDS = 2 };
+INLINE integers add_bytes(const words a[BYTE_WORDS], const words b[BYTE_WORDS], integers sum)
+{
+    const words halves = _mm256_add_epi16(_mm256_maddubs_epi16(a[0], b[0]), _mm256_maddubs_epi16(a[1], b[1]));
+    return sum + (integers)_mm256_madd_epi16(halves, _mm256_set1_epi16(1));
 }
 
 /* Transposes 8 x 8 words in registers: words, pairs and halves swap across. */

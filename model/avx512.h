@@ -9,6 +9,7 @@
 
 typedef __m512 floats;
 typedef __m512i words;
+typedef int32_t integers __attribute__((vector_size(LANES * 4), may_alias));
 
 INLINE floats load(const float *from) { return _mm512_loadu_ps(from); }
 INLINE void store(float *to, floats x) { _mm512_storeu_ps(to, x); }
@@ -29,8 +30,11 @@ INLINE floats fmadd(floats a, floats b, floats c) { return _mm512_fmadd_ps(a, b,
 INLINE float sum_of(floats x) { return _mm512_reduce_add_ps(x); }
 INLINE float largest_of(floats x) { return _mm512_reduce_max_ps(x); }
 
-/* The larger one; b, where either is NaN. */
+INLINE float smallest_of(floats x) { return _mm512_reduce_min_ps(x); }
+
+/* The larger or smaller one; b, where either is NaN. */
 INLINE floats larger(floats a, floats b) { return _mm512_max_ps(a, b); }
+INLINE floats smaller(floats a, floats b) { return _mm512_min_ps(a, b); }
 
 /* |x| or, where that is less, a limit that is not negative; NaN remains NaN. */
 INLINE floats limited(floats x, float limit) { return _mm512_range_ps(x, all(limit), 10); }
@@ -41,6 +45,17 @@ INLINE floats scale_by_power(floats y, floats x) { return _mm512_scalef_ps(y, x)
 
 /* Of 16 numbers, which begin at a cache line, those that the lowest four bits of each index name. */
 INLINE floats look_up(const float *table, words index) { return _mm512_permutexvar_ps(index, _mm512_load_ps(table)); }
+
+/* The nearest integers, and integers as bytes: 0 or 255 for what lies beyond. */
+INLINE integers rounded(floats x) { return (integers)_mm512_cvtps_epi32(x); }
+INLINE void store_bytes(uint8_t *to, integers x) { _mm_storeu_si128((__m128i *)to, _mm512_cvtusepi32_epi8((words)x)); }
+
+/* sum + the products of the four bytes in each word of a, unsigned, and of b, signed. */
+enum { BYTE_WORDS = 1 };
+INLINE integers add_bytes(const words a[BYTE_WORDS], const words b[BYTE_WORDS], integers sum)
+{
+    return (integers)_mm512_dpbusd_epi32((words)sum, *a, *b);
+}
 
 /* Transposes 16 x 16 words in registers: at each step, 2 x 2 blocks of `half` words swap across. */
 INLINE void transpose(words rows[LANES])
@@ -62,10 +77,15 @@ INLINE void transpose(words rows[LANES])
     }
 }
 
-/* Sixteen bfloat16 numbers as floats, and floats rounded to bfloat16. */
+/* Sixteen bfloat16 numbers as floats, the first `count` and zeros, and floats rounded to bfloat16. */
 INLINE floats load_halves(const uint16_t *from)
 {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)), 16));
+}
+INLINE floats load_first_halves(const uint16_t *from, long count)
+{
+    const __m256i halves = _mm256_maskz_loadu_epi16((1u << count) - 1, from);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 }
 INLINE void store_halves(uint16_t *to, floats x) { _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(x)); }
 

@@ -1,7 +1,7 @@
 """The compiled kernels, and what kernels.c has of them: embeddings, attention on packed rows, LayerNorm of a sum.
 
-They are built with the package where there is a C compiler, once for AVX-512 and once, in float32, for AVX2. `attend_sdpa` and
-torch's LayerNorm stand in where the processor has neither, and judge them in the tests.
+They are built with the package where there is a C compiler, once for AVX-512 and once, in float32 and int8, for AVX2.
+`attend_sdpa` and torch's LayerNorm stand in where the processor has neither, and judge them in the tests.
 """
 
 import ctypes
@@ -49,6 +49,15 @@ class Library:
     lanes: int  # numbers in a vector; sizes must be multiples of it
     functions: Any
 
+    def has(self, dtype: torch.dtype) -> bool:
+        """Whether the processor has the instructions of its kernels for `dtype`."""
+        return bool(self.functions.features() & FEATURES.get(dtype, 0))
+
+    def fits(self, config: BertConfig) -> bool:
+        """Whether the encoder's sizes are whole vectors."""
+        sizes = config.head_size, config.hidden_size, config.intermediate_size
+        return all(size % self.lanes == 0 for size in sizes)
+
 
 @cache
 def libraries() -> list[Library]:
@@ -68,29 +77,22 @@ def libraries() -> list[Library]:
     return found
 
 
-def library() -> Library | None:
-    """The one that is used; None where none was built, or none runs on this processor."""
-    return next(iter(libraries()), None)
+def library(dtype: torch.dtype = torch.float32) -> Library | None:
+    """The one whose kernels for `dtype` are used; None where none was built, or none runs on this processor."""
+    return next((found for found in libraries() if found.has(dtype)), None)
 
 
 def kernel(name: str, dtype: torch.dtype) -> Any:
-    """A function of that library for matrices of `dtype`; only where `has(dtype)`."""
-    found = library()
+    """A function of that library for matrices of `dtype`; only where there is one."""
+    found = library(dtype)
     assert found is not None
     return getattr(found.functions, f"{name}_{SUFFIX[dtype]}")
 
 
 def runs(config: BertConfig, dtype: torch.dtype) -> bool:
-    """Whether the compiled kernels are there, this processor has their instructions, and the sizes fit them."""
-    found = library()
-    sizes = config.head_size, config.hidden_size, config.intermediate_size
-    return found is not None and has(dtype) and all(size % found.lanes == 0 for size in sizes)
-
-
-def has(dtype: torch.dtype) -> bool:
-    """Whether the kernels are there and the processor has their instructions for `dtype`."""
-    found = library()
-    return found is not None and bool(found.functions.features() & FEATURES.get(dtype, 0))
+    """Whether the compiled kernels are there, this processor has their instructions for `dtype`, and the sizes fit them."""
+    found = library(dtype)
+    return found is not None and found.fits(config)
 
 
 def has_amx() -> bool:

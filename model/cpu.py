@@ -46,8 +46,7 @@ class CpuRunner:
         self.encoder = encoder
         config = encoder.config.bert
         between = _between(config, dtype)
-        library = compiled.library()
-        instructions = library.instructions if library else ""
+        instructions = _instructions(between)
         if dtype == torch.int8:
             replace_linears_by(Int8Linear, encoder.bert)  # from the float32 weights
         encoder.bert.to(between)  # what stands on it is small and stays in float32
@@ -55,7 +54,7 @@ class CpuRunner:
         ours = dtype == torch.int8 or compiled_is_best(config, dtype)
         self.lanes = _MOST_LANES if ours else 1
         if dtype == torch.int8:
-            linear = f"int8 VNNI linear, {str(between).removeprefix('torch.')} between"
+            linear = f"{_instructions(torch.int8)} int8 linear, {str(between).removeprefix('torch.')} between"
         elif ours:
             replace_linears_by(CompiledLinear, encoder.bert)
             linear = f"{instructions} linear"
@@ -130,7 +129,12 @@ def _between(config: BertConfig, dtype: torch.dtype) -> torch.dtype:
     for between in (torch.bfloat16, torch.float32):
         if int8_runs(config, between):
             return between
-    raise UnsupportedModel(
-        "dtype int8 needs a processor with AVX-512 VNNI, the compiled kernels, and sizes that are multiples of 16; "
-        "take float32 or bfloat16"
-    )
+    found = compiled.library(torch.int8)
+    needed = f"sizes that are multiples of {found.lanes}" if found else "a processor with AVX2, and the compiled kernels"
+    raise UnsupportedModel(f"dtype int8 needs {needed}, which are not here; take float32 or bfloat16")
+
+
+def _instructions(dtype: torch.dtype) -> str:
+    """Those of our kernels for `dtype`."""
+    found = compiled.library(dtype)
+    return found.instructions if found else ""

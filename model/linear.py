@@ -51,7 +51,7 @@ class CompiledLinear(nn.Module):
         self.place = place
         weight = linear.weight.detach().contiguous()
         self.columns, self.activation = len(weight), activation
-        found = compiled.library()
+        found = compiled.library(weight.dtype)
         assert found is not None
         self.panels = _panels(weight.view(torch.int32), found.lanes)
         self.bias = linear.bias.detach().float()  # no Parameter: it stays in float32 whatever the module moves to
@@ -80,7 +80,7 @@ class Int8Linear(nn.Module):
     def __init__(self, linear: nn.Module, activation: int = 0, place: Place = fresh) -> None:
         super().__init__()
         assert isinstance(linear, nn.Linear)
-        found = compiled.library()
+        found = compiled.library(torch.int8)
         assert found is not None
         self.place = place
         self.functions, self.activation = found.functions, activation
@@ -97,7 +97,7 @@ class Int8Linear(nn.Module):
         columns, inner = self.sizes
         y = self.place(len(x), columns, x.dtype)
         workspace = self.workspace(len(x), self.functions.int8_workspace_width(inner), torch.uint8)
-        linear = compiled.kernel("linear_int8", x.dtype)
+        linear = getattr(self.functions, f"linear_int8_{compiled.SUFFIX[x.dtype]}")
         weights = (self.packed.data_ptr(), self.scales.data_ptr(), self.sums.data_ptr(), self.bias.data_ptr())
         sizes = (len(x), inner, columns)
         compiled.check(linear(x.data_ptr(), *weights, y.data_ptr(), *sizes, self.activation, workspace.data_ptr()))
@@ -126,7 +126,14 @@ def compiled_is_best(config: BertConfig, dtype: torch.dtype) -> bool:
 
 def int8_runs(config: BertConfig, dtype: torch.dtype) -> bool:
     """Whether int8.c was built, this processor has its instructions for activations of `dtype`, and the sizes fit."""
-    return compiled.runs(config, dtype) and compiled.has(torch.int8)
+    found = compiled.library(torch.int8)
+    return found is not None and found.has(dtype) and found.fits(config) and compiled.runs(config, dtype)
+
+
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether our kernels or oneDNN's have arithmetic in `dtype` on this processor: torch's own products do without, and in
+    bfloat16 take eight times as long as in float32."""
+    return compiled.library(dtype) is not None or packing_works(dtype)
 
 
 def packing_works(dtype: torch.dtype) -> bool:

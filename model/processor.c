@@ -21,7 +21,7 @@ int features(void)
 #if !defined(__x86_64__)
     return 0;
 #elif LANES == 8
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? FLOAT32_RUNS : 0;
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? FLOAT32_RUNS + INT8_RUNS : 0;
 #else
     if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
         !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))

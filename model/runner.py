@@ -16,6 +16,7 @@ from model.cpu import CpuRunner
 from model.cuda import CudaRunner
 from model.encoder import Encoder
 from model.errors import UnsupportedModel
+from model.linear import multiplies
 from model.tokens import Tokens
 from model.vectors import FloatArray
 
@@ -92,7 +93,8 @@ def make_runner(
     devices = torch.cuda.device_count() if place.type == "cuda" else 1
     lanes = min(threads, runner.lanes)
     name = str(kind).removeprefix("torch.")
-    return runner, Choice(str(place), devices, name, runner.kernel, threads, lanes, max_batch_tokens)
+    kernel = runner.kernel if dtype in ("auto", name) else f"{runner.kernel}; {name}, as there is no arithmetic in {dtype}"
+    return runner, Choice(str(place), devices, name, kernel, threads, lanes, max_batch_tokens)
 
 
 def use_threads(count: int) -> None:
@@ -127,4 +129,6 @@ def _find_dtype(device: torch.device, name: str) -> torch.dtype:
         raise UnsupportedModel(f"dtype {name} is not supported on {device.type}; supported are {', '.join(known)}")
     if device.type == "cuda" and name == "auto" and not is_ampere_or_newer(device):  # without arithmetic in bfloat16
         return torch.float16
+    if device.type == "cpu" and known[name] == torch.bfloat16 and not multiplies(torch.bfloat16):
+        return torch.float32  # many times as fast, and nearer to the truth
     return known[name]

@@ -33,7 +33,7 @@ def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     """Our compiled kernels with these and no others, for the dtype of the test."""
     found = [library for library in compiled.libraries() if library.instructions == request.param]
     monkeypatch.setattr(compiled, "libraries", lambda: found)
-    if not compiled.has(request.node.callspec.params.get("dtype", torch.float32)):
+    if not compiled.library(request.node.callspec.params.get("dtype", torch.float32)):
         pytest.skip(f"no compiler built the kernels, or the processor lacks what they need of {request.param}")
     return str(request.param)
 

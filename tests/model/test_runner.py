@@ -34,6 +34,18 @@ def test_choices_are_told_and_kept(make_checkpoint: Callable[..., Path]) -> None
 
 
 @pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("there", [False, True])
+def test_bfloat16_is_float32_where_nothing_multiplies_it(make_checkpoint, monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
+    monkeypatch.setattr("model.runner.multiplies", lambda dtype: there)
+    runner, choice = make_runner(make_checkpoint(), device="cpu", dtype="bfloat16")
+    assert choice.dtype == ("bfloat16" if there else "float32")
+    assert ("; float32, as there is no arithmetic in bfloat16" in choice.kernel) == (not there)
+    rows = random_rows((5, 3))
+    exact = make_runner(make_checkpoint(), device="cpu")[0](rows, "cls")
+    assert np.array_equal(runner(rows, "cls"), exact) == (not there)
+
+
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("options", [{"device": "tpu"}, {"device": "mps"}, {"device": ""}, {"device": "cpu", "dtype": "int4"}])
 def test_what_this_library_does_not_run(make_checkpoint: Callable[..., Path], options: dict[str, str]) -> None:
     with pytest.raises(UnsupportedModel, match="is not supported"):
