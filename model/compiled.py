@@ -48,10 +48,11 @@ class Library:
     instructions: str
     lanes: int  # numbers in a vector; sizes must be multiples of it
     functions: Any
+    features: int  # what of it this processor runs
 
     def has(self, dtype: torch.dtype) -> bool:
         """Whether the processor has the instructions of its kernels for `dtype`."""
-        return bool(self.functions.features() & FEATURES.get(dtype, 0))
+        return bool(self.features & FEATURES.get(dtype, 0))
 
     def fits(self, config: BertConfig) -> bool:
         """Whether the encoder's sizes are whole vectors."""
@@ -67,8 +68,9 @@ def libraries() -> list[Library]:
     """
     kinds = ("AVX-512", 16, "model._kernels_avx512"), ("AVX2", 8, "model._kernels_avx2")
     specs = [(name, lanes, importlib.util.find_spec(module)) for name, lanes, module in kinds]
-    built = [Library(name, lanes, ctypes.CDLL(spec.origin)) for name, lanes, spec in specs if spec and spec.origin]
-    found = [library for library in built if library.functions.features()]
+    loaded = [(name, lanes, ctypes.CDLL(spec.origin)) for name, lanes, spec in specs if spec and spec.origin]
+    built = [Library(name, lanes, functions, functions.features()) for name, lanes, functions in loaded]
+    found = [library for library in built if library.features]
     for library in found:
         for name, types in _SIGNATURES.items():
             if hasattr(library.functions, name):
@@ -98,7 +100,7 @@ def runs(config: BertConfig, dtype: torch.dtype) -> bool:
 def has_amx() -> bool:
     """Whether the processor has a matrix unit for bfloat16, which oneDNN uses and these kernels do not."""
     found = library()
-    return found is not None and bool(found.functions.features() & HAS_AMX)
+    return found is not None and bool(found.features & HAS_AMX)
 
 
 def attend_compiled(q: Tensor, k: Tensor, v: Tensor, batch: Batch, heads: int, place: Place = fresh) -> Tensor:
