@@ -72,8 +72,14 @@ class Batch:
 
 
 def pack(rows: Sequence[Tokens]) -> Batch:
-    """Lay rows end to end, in the order given. Raises ValueError where they have not as many segments as tokens."""
+    """Lay rows end to end, in the order given.
+
+    Raises ValueError for a row without tokens, which has no [CLS] and no last token but its neighbour's, and where rows
+    have not as many segments as tokens.
+    """
     lengths = np.fromiter((len(row) for row in rows), dtype=np.int64, count=len(rows))
+    if not lengths.all():
+        raise ValueError(f"row {int(lengths.argmin())} has no tokens; wanted one at least")
     ends = np.cumsum(lengths)
     starts = ends - lengths
     types = np.concatenate([row.types for row in rows], dtype=np.int64)

@@ -1,7 +1,8 @@
 """The compiled kernels, and what kernels.c has of them: embeddings, attention on packed rows, LayerNorm of a sum.
 
 They are built with the package where there is a C compiler, once for AVX-512 and once, in float32 and int8, for AVX2.
-`attend_sdpa` and torch's LayerNorm stand in where the processor has neither, and judge them in the tests.
+`attend_sdpa` and torch's LayerNorm stand in where the processor has neither. `attend_reference` and torch's LayerNorm judge
+them in the tests.
 """
 
 import ctypes

@@ -126,6 +126,7 @@ class ModelConfig:
         config = read_json(transformer / "config.json", required=True)
         bert = BertConfig.from_json(config)
         limits = read_json(transformer / "sentence_bert_config.json")
+        _check_options(limits)
         prompts = read_json(folder / "config_sentence_transformers.json")
         architecture = str((config.get("architectures") or ["BertModel"])[0])
         kind = _kind(architecture, config, modules, pooling)
@@ -310,6 +311,8 @@ def _pooling(modules: list[tuple[str, str, Json]]) -> PoolingMode:
     modes = [mode for key, mode in _LEGACY_POOLING.items() if settings.get(key)]
     if named is not None:
         modes = [str(mode) for mode in (named if isinstance(named, list) else [named])]
+    elif not modes:
+        modes = ["mean"]  # as sentence-transformers
     if len(modes) != 1 or modes[0] not in _POOLING_NAMES:
         raise UnsupportedModel(
             f"pooling {' + '.join(modes) or 'of no kind'} is not supported; wanted one of cls, mean, max, last"
@@ -337,9 +340,52 @@ def _dense(path: str, settings: Json) -> DenseConfig:
     return DenseConfig(path, settings["in_features"], settings["out_features"], settings.get("bias", True), activation)
 
 
+# What sentence_bert_config.json hands to transformers for the model, its configuration and its tokenizer, the older name first.
+_MODEL_OPTIONS = ("model_args", "model_kwargs", "config_args", "config_kwargs")
+_TOKENIZER_OPTIONS = ("tokenizer_args", "processor_kwargs")
+
+# Those that give no other numbers here: where files are fetched from, in which dtype and by which kernels a model runs, padding.
+_WITHOUT_EFFECT = frozenset(
+    (
+        *("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token", "trust_remote_code"),
+        *("torch_dtype", "dtype", "attn_implementation", "device_map", "low_cpu_mem_usage", "use_safetensors"),
+        *("add_pooling_layer", "use_cache", "use_fast", "padding", "padding_side", "pad_to_multiple_of", "return_tensors"),
+    )
+)
+
+
+def _check_options(limits: Json) -> None:
+    """Refuse by name what sentence-transformers would do otherwise for an option in sentence_bert_config.json."""
+    calls = _object(limits, "processing_kwargs")
+    found = {
+        **{name: _object(limits, name) for name in (*_MODEL_OPTIONS, *_TOKENIZER_OPTIONS)},
+        **{f"processing_kwargs.{name}": _object(calls, name) for name in ("common", "text")},  # others are no text's
+    }
+    for name, options in found.items():
+        known = _WITHOUT_EFFECT | ({"model_max_length"} if name in _TOKENIZER_OPTIONS else set())
+        for option, value in options.items():
+            if option not in known:
+                raise UnsupportedModel(
+                    f"sentence_bert_config.json: {name} with {option} {value!r} is not supported; "
+                    "take it out, or save the model again with it applied"
+                )
+
+
+def _object(settings: Json, name: str) -> Json:
+    value = settings.get(name) or {}
+    if not isinstance(value, dict):
+        raise CheckpointError(f"sentence_bert_config.json: {name} is {value!r}, wanted an object; correct the file")
+    return value
+
+
 def _max_tokens(bert: BertConfig, limits: Json, tokenizer: Json) -> int:
-    """The model's own habit: max_seq_length, else the tokenizer's limit, never more than there are positions."""
-    stated = limits.get("max_seq_length") or tokenizer.get("model_max_length") or bert.max_position_embeddings
+    """The model's own habit: max_seq_length, else the tokenizer's limit, never more than there are positions.
+
+    Where sentence_bert_config.json hands the tokenizer a limit, that is its own.
+    """
+    handed: Json = next((limits[name] for name in _TOKENIZER_OPTIONS if limits.get(name)), {})
+    own = tokenizer.get("model_max_length", tokenizer.get("max_len"))  # max_len: its name before 2020
+    stated = handed.get("model_max_length") or limits.get("max_seq_length") or own or bert.max_position_embeddings
     if not isinstance(stated, int | float) or not stated >= 1:
         raise CheckpointError(f"max_seq_length or model_max_length is {stated!r}, wanted a number of tokens; correct the file")
     return int(min(stated, bert.max_position_embeddings))

@@ -1,4 +1,4 @@
-"""The encoder on a CPU: packed oneDNN weights, texts sorted by length within a batch."""
+"""The encoder on a CPU: our own kernels, else packed oneDNN weights or torch's layers; texts of a batch sorted by length."""
 
 import time
 from collections.abc import Callable, Sequence

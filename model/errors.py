@@ -9,7 +9,11 @@ ModelError
 
 
 class ModelError(Exception):
-    """Root of everything that this library raises on purpose."""
+    """Root of what this library raises for a checkpoint, a text or a device.
+
+    A caller's mistake raises Python's own: ValueError for rows, windows or settings that are none, IndexError for ids,
+    segments or positions outside a table. MemoryError says that a kernel got no memory.
+    """
 
 
 class CheckpointError(ModelError):

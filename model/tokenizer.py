@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,13 +29,17 @@ _CHARACTERS = 10  # of a token: more than most texts have, so that an excerpt is
 class Tokenizer:
     """The tokenizer of a checkpoint, the same ids as transformers' fast one."""
 
-    def __init__(self, backend: Backend, max_tokens: int, vocab_size: int, lowers: bool = False) -> None:
-        """`lowers`: make capitals small before anything else, as sentence-transformers' `do_lower_case` asks."""
+    def __init__(self, backend: Backend, max_tokens: int, vocab_size: int, lowers: bool = False, segments: bool = True) -> None:
+        """`lowers`: make capitals small before anything else, as sentence-transformers' `do_lower_case` asks.
+
+        `segments`: whether the second text of a pair is the second segment; else all is the first.
+        """
         backend.no_truncation()
         backend.no_padding()
         self.max_tokens = max_tokens
         self.vocab_size = vocab_size
         self._backend = backend
+        self._segments = segments
         self._parting = parting(backend)
         self._shortcut = find_shortcut(backend, lowers)
         if lowers:  # character by character, which parts texts nowhere else
@@ -51,13 +56,15 @@ class Tokenizer:
         Raises CheckpointError where neither can be read or the ids are not the model's, UnsupportedModel for a
         vocab.txt that is no BERT's.
         """
-        backend = _read_backend(transformer_folder(folder))
+        home = transformer_folder(folder)
+        backend = _read_backend(home)
         last, rows = max(backend.get_vocab().values(), default=0), config.bert.vocab_size
         if last >= rows:
             raise CheckpointError(
                 f"{folder}: the tokenizer gives ids up to {last}, wanted below {rows}, config.json's vocab_size"
             )
-        return cls(backend, config.max_tokens, rows, config.lower_case)
+        segments = config.bert.type_vocab_size > 1 and _has_segments(home)
+        return cls(backend, config.max_tokens, rows, config.lower_case, segments)
 
     def encode(
         self,
@@ -78,7 +85,7 @@ class Tokenizer:
         answers = []
         for text, encoding in zip(texts, encodings, strict=True):
             pair = isinstance(text, tuple)
-            row = _tokens(encoding, pair, with_offsets)
+            row = _tokens(encoding, pair and self._segments, with_offsets)
             fits = len(encoding) <= limit and max_second is None
             answers.append(row if fits else _cut(row, encoding, limit, cut_side, max_second if pair else None))
         return answers
@@ -181,9 +188,9 @@ def _share(lengths: list[int], room: int) -> list[int]:
     return [shorter, longer] if lengths[0] <= lengths[1] else [longer, shorter]
 
 
-def _tokens(encoding: Encoding, pair: bool, with_offsets: bool) -> Tokens:
+def _tokens(encoding: Encoding, segments: bool, with_offsets: bool) -> Tokens:
     ids = np.fromiter(encoding.ids, np.int32, len(encoding))
-    types = np.array(encoding.type_ids, dtype=np.int32) if pair else np.zeros(len(ids), dtype=np.int32)
+    types = np.array(encoding.type_ids, dtype=np.int32) if segments else np.zeros(len(ids), dtype=np.int32)
     offsets = np.array(encoding.offsets, dtype=np.int32).reshape(-1, 2) if with_offsets else None
     return Tokens(ids, types, offsets=offsets)
 
@@ -191,23 +198,75 @@ def _tokens(encoding: Encoding, pair: bool, with_offsets: bool) -> Tokens:
 # Classes of transformers that read vocab.txt as WordPiece, all in the same way.
 _WORD_PIECE = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer")
 
+# Classes that tell a model the segments of a pair where tokenizer_config.json has no model_input_names; others, and those
+# that transformers does not know, do not.
+_WITH_SEGMENTS = (
+    *("BertTokenizer", "ElectraTokenizer", "ConvBertTokenizer", "MobileBertTokenizer", "LayoutLMTokenizer"),
+    *("DPRContextEncoderTokenizer", "DPRQuestionEncoderTokenizer", "LxmertTokenizer", "SqueezeBertTokenizer"),
+)
+
+
+def _tokenizer_class(folder: Path, settings: Json) -> str:
+    """The class of transformers that reads a folder; older versions end its name with `Fast`."""
+    return str(settings.get("tokenizer_class") or read_json(folder / "config.json").get("tokenizer_class") or "BertTokenizer")
+
+
+def _has_segments(folder: Path) -> bool:
+    """Whether transformers' tokenizer tells the segments of a pair apart."""
+    settings = read_json(folder / "tokenizer_config.json")
+    names = settings.get("model_input_names")
+    if isinstance(names, list):
+        return "token_type_ids" in names
+    return _tokenizer_class(folder, settings).removesuffix("Fast") in _WITH_SEGMENTS
+
 
 def _read_backend(folder: Path) -> Backend:
     fast, vocab = folder / "tokenizer.json", folder / "vocab.txt"
     settings = read_json(folder / "tokenizer_config.json")
-    kind = settings.get("tokenizer_class") or read_json(folder / "config.json").get("tokenizer_class") or "BertTokenizer"
-    word_piece = str(kind).removesuffix("Fast") in _WORD_PIECE
+    kind = _tokenizer_class(folder, settings)
+    word_piece = kind.removesuffix("Fast") in _WORD_PIECE
     if not word_piece and not fast.is_file():
         raise UnsupportedModel(f"{folder}: tokenizer_class {kind} is not supported without a tokenizer.json; add that file")
+    if not fast.is_file() and not vocab.is_file():
+        raise CheckpointError(f"{folder} holds no tokenizer; wanted tokenizer.json or vocab.txt")
     try:
-        if fast.is_file():
-            backend = Backend.from_file(str(fast))
-            return _as_stated(backend, settings) if word_piece else backend
-        if vocab.is_file():
+        if not fast.is_file():
             return Backend.from_str(_converted(folder))
+        backend = Backend.from_file(str(fast))
+        backend = _as_stated(backend, settings) if word_piece else backend
     except Exception as error:  # the library raises bare Exception
         raise CheckpointError(f"the tokenizer in {folder} can't be read ({error}); restore its files") from None
-    raise CheckpointError(f"{folder} holds no tokenizer; wanted tokenizer.json or vocab.txt")
+    _check_added(folder, settings, backend)
+    return backend
+
+
+def _check_added(folder: Path, settings: Json, backend: Backend) -> None:
+    """Refuse a tokenizer.json without a token that transformers would add to it: its ids would be others."""
+    added = {token.content for token in backend.get_added_tokens_decoder().values()}
+    missing = sorted(_stated_tokens(folder, settings) - added)
+    if missing:
+        raise CheckpointError(
+            f"{folder}: tokenizer.json lacks added tokens that the files beside it name: {', '.join(map(repr, missing))}; wanted "
+            "all of them in it, load the folder with transformers' AutoTokenizer and save it again"
+        )
+
+
+def _stated_tokens(folder: Path, settings: Json) -> set[str]:
+    """The added and special tokens that the files beside tokenizer.json name, as far as transformers reads these."""
+    decoder = settings.get("added_tokens_decoder")
+    older: Json = {} if decoder is not None else read_json(folder / "special_tokens_map.json")
+    tokens = [*(_members(decoder) if decoder is not None else read_json(folder / "added_tokens.json"))]
+    for source in (settings, older):
+        for key in ("extra_special_tokens", "additional_special_tokens"):
+            tokens += _members(source.get(key))
+    tokens += [token for key, token in {**settings, **older}.items() if key.endswith("_token")]
+    contents = [token.get("content") if isinstance(token, dict) else token for token in tokens]
+    return {content for content in contents if isinstance(content, str) and content}
+
+
+def _members(tokens: Any) -> list[Any]:
+    """What a list, or an object of tokens by name or id, holds."""
+    return list(tokens.values() if isinstance(tokens, dict) else tokens) if isinstance(tokens, dict | list) else []
 
 
 def _as_stated(backend: Backend, settings: Json) -> Backend:

@@ -41,3 +41,8 @@ def test_longest_first(lengths: list[int], order: list[int]) -> None:
 def test_each_token_has_a_segment() -> None:
     with pytest.raises(ValueError, match="3 segments for 2 tokens"):
         pack([Tokens.of([1, 2], [0, 0, 0])])
+
+
+def test_each_row_has_a_token() -> None:
+    with pytest.raises(ValueError, match="row 1 has no tokens; wanted one at least"):
+        pack([Tokens.of([1, 2]), Tokens.of([]), Tokens.of([3])])

@@ -84,6 +84,11 @@ def test_minilm(minilm: Path) -> None:
         ({}, {"model_max_length": 1000000000000000019884624838656}, 512),
         ({}, {"model_max_length": 1e30}, 512),
         ({}, {}, 512),
+        ({}, {"max_len": 64}, 64),
+        ({}, {"max_len": 64, "model_max_length": 32}, 32),
+        ({"max_seq_length": 128, "tokenizer_args": {"model_max_length": 64}}, {}, 64),
+        ({"processor_kwargs": {"model_max_length": 64}}, {"model_max_length": 32}, 64),
+        ({"max_seq_length": 128, "processor_kwargs": {"padding_side": "left"}, "tokenizer_args": {}}, {}, 128),
     ],
 )
 def test_the_longest_text(folder: Path, sentence: dict[str, Any], tokenizer: dict[str, Any], wanted: int) -> None:
@@ -97,6 +102,36 @@ def test_a_longest_text_that_is_none(folder: Path, value: Any) -> None:
     write_json(folder / "sentence_bert_config.json", {"max_seq_length": value})
     with pytest.raises(CheckpointError, match="max_seq_length"):
         ModelConfig.from_folder(folder)
+
+
+@pytest.mark.parametrize("name", ["model_args", "model_kwargs"])
+def test_options_that_give_no_other_numbers(folder: Path, name: str) -> None:
+    """A dtype and kernels are the machine's here; the rest are what sentence-transformers writes of itself."""
+    modality = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
+    written = {"transformer_task": "feature-extraction", "modality_config": modality, "module_output_name": "token_embeddings"}
+    options = {name: {"torch_dtype": "bfloat16", "attn_implementation": "sdpa"}, "config_args": {}, "processing_kwargs": {}}
+    write_json(folder / "sentence_bert_config.json", {**written, **options, "unpad_inputs": True})
+    assert ModelConfig.from_folder(folder).max_tokens == 512
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"config_kwargs": {"hidden_act": "relu"}}, "config_kwargs with hidden_act 'relu' is not supported"),
+        ({"config_args": {"num_hidden_layers": 1}}, "config_args with num_hidden_layers 1 is not supported"),
+        ({"model_args": {"variant": "fp16"}}, "model_args with variant 'fp16' is not supported"),
+        ({"tokenizer_args": {"do_lower_case": False}}, "tokenizer_args with do_lower_case False is not supported"),
+        ({"processor_kwargs": {"truncation_side": "left"}}, "processor_kwargs with truncation_side 'left' is not supported"),
+        ({"processing_kwargs": {"text": {"max_length": 8}}}, "processing_kwargs.text with max_length 8 is not supported"),
+        ({"processing_kwargs": {"common": {"x": 1}}}, "processing_kwargs.common with x 1 is not supported"),
+        ({"model_kwargs": ["x"]}, "model_kwargs is ['x'], wanted an object; correct the file"),
+    ],
+)
+def test_options_that_are_refused_by_name(folder: Path, options: dict[str, Any], named: str) -> None:
+    write_json(folder / "sentence_bert_config.json", options)
+    with pytest.raises(ModelError) as caught:
+        ModelConfig.from_folder(folder)
+    assert f"sentence_bert_config.json: {named}" in str(caught.value)
 
 
 def old(*modes: str) -> dict[str, Any]:
@@ -117,6 +152,8 @@ def new(mode: Any, **others: Any) -> dict[str, Any]:
         (old("max_tokens"), "max"),
         (old("lasttoken"), "last"),
         ({"word_embedding_dimension": 32, "pooling_mode_mean_tokens": True}, "mean"),
+        ({"word_embedding_dimension": 32}, "mean"),
+        (old(), "mean"),
         (new("cls"), "cls"),
         (new("mean"), "mean"),
         (new("max"), "max"),
@@ -134,7 +171,6 @@ def test_poolings_of_sentence_transformers(folder: Path, settings: dict[str, Any
         (old("mean_tokens", "max_tokens"), "pooling mean + max"),
         (old("mean_sqrt_len_tokens"), "pooling mean_sqrt_len"),
         (old("weightedmean_tokens"), "pooling weightedmean"),
-        (old(), "pooling of no kind"),
         (new("weightedmean"), "pooling weightedmean"),
         (new("mean_sqrt_len_tokens"), "pooling mean_sqrt_len_tokens"),
         (new(["cls", "mean"]), "pooling cls + mean"),

@@ -105,7 +105,8 @@ def test_offline_one_error_says_all_three_ways(name: str, revision: str | None) 
         find_model(name, revision)
     message = str(caught.value)
     assert f"model {name!r} was not found" in message
-    assert "no folder here, no installed package carries it, and the Hub could not be asked (HF_HUB_OFFLINE is set)" in message
+    assert "no folder here, no installed package carries it, and the Hub could not be asked (" in message
+    assert "offline mode is enabled. To disable it, please unset the `HF_HUB_OFFLINE` environment variable)" in message
     assert message.endswith("Name a folder, install a package that carries it, or make the Hub reachable")
 
 
@@ -126,7 +127,7 @@ for name in sys.argv[1:]:
         Encoder.from_folder(folder), Tokenizer.from_folder(folder, config).encode(["text"])
         print("loaded")
     except ModelError as error:
-        print("refused" if "HF_HUB_OFFLINE is set" in str(error) else error)
+        print("refused" if "offline mode is enabled" in str(error) else error)
 print(seen)
 """
 
@@ -179,7 +180,7 @@ class FakeHub:
                 {"Content-Type": "application/json"},
                 json.dumps({"id": "x", "sha": COMMIT, "siblings": siblings}).encode(),
             )
-        name = path.removeprefix(f"/owner/name/resolve/{COMMIT}/")
+        name = path.removeprefix(f"/owner/name/resolve/{COMMIT}/").removeprefix("/owner/name/resolve/main/")
         if name in self.files:
             content = self.files[name]
             return 200, {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT}, content
@@ -225,7 +226,7 @@ from model.errors import ModelError
 from model.hub import find_model
 try:
     folder = find_model(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None)
-    print(folder.name, *sorted(path.name for path in folder.iterdir()))
+    print(folder.name, *sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()))
 except ModelError as error:
     print(error)
 """
@@ -254,6 +255,45 @@ def test_a_pickle_is_fetched_where_there_is_nothing_else(fake_hub: FakeHub, tmp_
     assert in_a_process(FIND, "owner/name", **environment, HF_HUB_OFFLINE="1") == found
 
 
+def test_weights_are_fetched_in_the_format_of_each_folder(fake_hub: FakeHub, tmp_path: Path) -> None:
+    """Safetensors in one folder do not stand for those of another."""
+    environment = {"HF_ENDPOINT": fake_hub.url, "HF_HOME": str(tmp_path / "home")}
+    fake_hub.files |= {"2_Dense/pytorch_model.bin": b"x", "2_Dense/config.json": b"{}", "onnx/pytorch_model.bin.data": b"x"}
+    found = in_a_process(FIND, "owner/name", **environment, HF_HUB_OFFLINE=None)
+    assert found == f"{COMMIT} 2_Dense/config.json 2_Dense/pytorch_model.bin config.json model.safetensors vocab.txt"
+    assert in_a_process(FIND, "owner/name", **environment, HF_HUB_OFFLINE="1") == found
+
+
+def test_safetensors_of_another_folder_do_not_hide_a_pickle(fake_hub: FakeHub, tmp_path: Path) -> None:
+    environment = {"HF_ENDPOINT": fake_hub.url, "HF_HOME": str(tmp_path / "home")}
+    fake_hub.files["onnx/model.safetensors"] = fake_hub.files.pop("model.safetensors")
+    found = in_a_process(FIND, "owner/name", **environment, HF_HUB_OFFLINE=None)
+    assert found == f"{COMMIT} config.json onnx/model.safetensors pytorch_model.bin vocab.txt"
+
+
+FETCH_AS_TRANSFORMERS = """
+from huggingface_hub import hf_hub_download
+for name in ("config.json", "model.safetensors", "vocab.txt"):
+    hf_hub_download("owner/name", name)
+"""
+
+
+def test_a_cache_that_transformers_filled_is_no_whole_model(fake_hub: FakeHub, tmp_path: Path) -> None:
+    """It lacks what sentence-transformers' layout says, so the Hub is asked first; without it the log says what is used."""
+    environment: dict[str, str | None] = {"HF_ENDPOINT": fake_hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": None}
+    fake_hub.files |= {"modules.json": b"[]", "1_Pooling/config.json": b"{}"}
+    in_a_process(FETCH_AS_TRANSFORMERS, **environment)
+    loud = f"import logging, sys; logging.basicConfig(stream=sys.stdout)\n{FIND}"
+    for unreachable in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}):
+        warning, found = in_a_process(loud, "owner/name", **environment | unreachable).rsplit("\n", 1)
+        assert found == f"{COMMIT} config.json model.safetensors vocab.txt"
+        assert "WARNING:bertd.hub:model 'owner/name' is taken from the cache as it lies there" in warning
+        assert "as the Hub could not be asked (" in warning
+    whole = f"{COMMIT} 1_Pooling/config.json config.json model.safetensors modules.json vocab.txt"
+    assert in_a_process(loud, "owner/name", **environment) == whole
+    assert in_a_process(loud, "owner/name", **environment | {"HF_HUB_OFFLINE": "1"}) == whole
+
+
 def test_a_cache_that_lacks_a_file_is_filled(fake_hub: FakeHub, tmp_path: Path) -> None:
     environment = {"HF_ENDPOINT": fake_hub.url, "HF_HOME": str(tmp_path / "home")}
     found = in_a_process(FIND, "owner/name", **environment, HF_HUB_OFFLINE=None)
@@ -276,8 +316,10 @@ def test_a_hub_that_is_not_there(tmp_path: Path) -> None:
     assert "the Hub could not be asked (" in message
 
 
-def test_a_snapshot_of_another_tool(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache without the Hub's listing, by branch, tag and commit."""
+def test_a_snapshot_of_another_tool(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A cache without the Hub's listing, by branch, tag and commit: used where the Hub can't be asked, with a warning."""
     repository = tmp_path / "cache" / "models--owner--name"
     shutil.copytree(folder, repository / "snapshots" / COMMIT)
     for ref in ("main", "v1"):
@@ -286,6 +328,7 @@ def test_a_snapshot_of_another_tool(tmp_path: Path, folder: Path, monkeypatch: p
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     for revision in (None, "main", "v1", COMMIT):
         assert find_model("owner/name", revision) == repository / "snapshots" / COMMIT
+    assert [record.getMessage()[:41] for record in caplog.records] == ["model 'owner/name' is taken from the cache"[:41]] * 4
     (repository / "snapshots" / COMMIT / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="was not found"):
         find_model("owner/name")

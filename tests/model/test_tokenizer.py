@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from hostile import HOSTILE
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -205,6 +206,41 @@ def test_a_pair_by_hand(both: Both) -> None:
     assert texts.types.tolist() == [0, 0, 0, 0]
     assert [ours.token_text(int(token)) for token in pair.ids] == ["[CLS]", "river", "[SEP]", "savings", "bank", "[SEP]"]
     assert pair.types.tolist() == [0, 0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("with_offsets", [False, True])
+@pytest.mark.parametrize(
+    ("stated", "segments"),
+    [
+        ({}, True),
+        ({"tokenizer_class": "BertTokenizerFast"}, True),
+        ({"tokenizer_class": "ElectraTokenizer"}, True),
+        ({"model_input_names": ["input_ids", "attention_mask"]}, False),
+        ({"tokenizer_class": "DistilBertTokenizer"}, False),
+        ({"tokenizer_class": "DistilBertTokenizerFast"}, False),
+        ({"tokenizer_class": "DistilBertTokenizer", "model_input_names": ["input_ids", "token_type_ids"]}, True),
+        ({"tokenizer_class": "PreTrainedTokenizerFast"}, False),
+        ({"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "token_type_ids"]}, True),
+    ],
+)
+def test_segments_are_told_where_transformers_tells_them(
+    minilm: Path, tmp_path: Path, stated: dict[str, Any], segments: bool, with_offsets: bool
+) -> None:
+    folder = copy_of(minilm, tmp_path / "stated", "tokenizer.json", "vocab.txt")
+    write_json(folder / "tokenizer_config.json", stated)
+    theirs = AutoTokenizer.from_pretrained(folder)
+    for pair in (("river", "savings bank"), ("café", "苹果 " * 20)):  # by the shortcut, and not
+        (row,) = load(folder).encode([pair], 20, with_offsets=with_offsets)
+        wanted = theirs(*pair, truncation="longest_first", max_length=20)
+        assert ("token_type_ids" in wanted) == segments
+        assert row.ids.tolist() == wanted["input_ids"]
+        assert row.types.tolist() == wanted.get("token_type_ids", [0] * len(row))
+
+
+def test_a_model_with_one_segment_has_no_second(minilm: Path, tmp_path: Path) -> None:
+    folder = copy_of(minilm, tmp_path / "one", "tokenizer.json")
+    edit_json(folder / "config.json", type_vocab_size=1)
+    assert not load(folder).encode([("river", "bank")])[0].types.any()
 
 
 # Cutting -------------------------------------------------------------------------------------------------------------
@@ -500,6 +536,69 @@ def test_a_tokenizer_with_more_entries_than_the_model(minilm: Path, tmp_path: Pa
     edit_json(folder / "config.json", vocab_size=30521)
     with pytest.raises(CheckpointError, match="the tokenizer gives ids up to 30521, wanted below 30521"):
         load(folder)
+
+
+def described(content: str, special: bool = False) -> dict[str, Any]:
+    return {"content": content, **dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False), "special": special}
+
+
+@pytest.mark.parametrize("kind", ["BertTokenizer", "PreTrainedTokenizerFast"])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("added_tokens.json", {"foo": 30521}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"30521": described("foo")}}),
+        ("tokenizer_config.json", {"additional_special_tokens": ["foo"]}),
+        ("tokenizer_config.json", {"extra_special_tokens": ["foo"]}),
+        ("tokenizer_config.json", {"extra_special_tokens": {"my_token": "foo"}}),
+        ("tokenizer_config.json", {"my_token": "foo"}),
+        ("special_tokens_map.json", {"additional_special_tokens": ["foo"]}),
+        ("special_tokens_map.json", {"bos_token": described("foo")}),
+    ],
+)
+def test_a_token_that_tokenizer_json_lacks_is_refused_by_name(
+    minilm: Path, tmp_path: Path, name: str, content: dict[str, Any], kind: str
+) -> None:
+    """transformers adds it, so that its ids would be others."""
+    folder = copy_of(minilm, tmp_path / "added", "tokenizer.json")
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": kind})
+    assert load(folder).encode(["a xfoo"])[0].ids.tolist() == AutoTokenizer.from_pretrained(folder)("a xfoo")["input_ids"]
+    write_json(folder / name, {"tokenizer_class": kind, **content} if name == "tokenizer_config.json" else content)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json lacks added tokens that .* name: 'foo'; wanted"):
+        load(folder)
+    theirs = AutoTokenizer.from_pretrained(folder)
+    assert theirs.convert_ids_to_tokens(theirs("xfoo")["input_ids"])[2] == "foo"
+    theirs.save_pretrained(folder)
+    edit_json(folder / "config.json", vocab_size=len(theirs))
+    assert load(folder).encode(["a xfoo"])[0].ids.tolist() == theirs("a xfoo")["input_ids"]
+
+
+def test_tokens_that_transformers_reads_nowhere_are_not_missed(minilm: Path, tmp_path: Path) -> None:
+    """Older files beside an added_tokens_decoder, and a token that special_tokens_map.json takes back."""
+    folder = copy_of(minilm, tmp_path / "older", "tokenizer.json", "special_tokens_map.json")
+    write_json(folder / "tokenizer_config.json", {"cls_token": "[unused5]"})
+    edit_json(folder / "special_tokens_map.json", cls_token="[CLS]")
+    taken_back = load(folder), AutoTokenizer.from_pretrained(folder)
+    write_json(folder / "tokenizer_config.json", {"added_tokens_decoder": {"101": described("[CLS]", special=True)}})
+    write_json(folder / "special_tokens_map.json", {"additional_special_tokens": ["foo"]})
+    write_json(folder / "added_tokens.json", {"foo": 30522})
+    for ours, theirs in (taken_back, (load(folder), AutoTokenizer.from_pretrained(folder))):
+        assert ours.encode(["xfoo [unused5]"])[0].ids.tolist() == theirs("xfoo [unused5]")["input_ids"]
+
+
+@pytest.mark.parametrize("kind", ["BertTokenizerFast", "DistilBertTokenizerFast", "RobertaTokenizerFast"])
+def test_a_folder_that_transformers_saves_lacks_nothing(minilm: Path, tmp_path: Path, kind: str) -> None:
+    if kind == "RobertaTokenizerFast":
+        letters = {letter: place for place, letter in enumerate(["<s>", "<pad>", "</s>", "<unk>", "<mask>", "Ġ", *"abc"])}
+        theirs = transformers.RobertaTokenizerFast(vocab=letters, merges=[])
+    else:
+        theirs = getattr(transformers, kind).from_pretrained(minilm)
+    folder = copy_of(minilm, tmp_path / "saved")
+    theirs.add_tokens(["foo"])
+    theirs.save_pretrained(folder)
+    edit_json(folder / "config.json", vocab_size=30_600)
+    for text in ("a abc xfoo", "ab [MASK] <mask>"):
+        assert load(folder).encode([text])[0].ids.tolist() == theirs(text)["input_ids"]
 
 
 # Chinese -------------------------------------------------------------------------------------------------------------
