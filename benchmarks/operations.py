@@ -11,8 +11,10 @@ import asyncio
 import contextlib
 import json
 import os
+import shlex
 import signal
 import socket
+import sys
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -155,7 +157,8 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="put the figures into docs/performance.md")
     options = parser.parse_args()
     folder = find_model(MODEL)
-    lines = [f"`python -m benchmarks.operations --seconds {options.seconds:g}`, {describe_machine()}.", ""]
+    command = shlex.join(["python", "-m", "benchmarks.operations", *sys.argv[1:]])
+    lines = [f"`{command}`, {describe_machine()}.", ""]
     for name in options.only:
         texts = make_workload(WORKLOADS.get(name, "short"), _LIST, folder).texts
         with started("bertd float32", folder) as server:

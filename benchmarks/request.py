@@ -7,6 +7,8 @@ same where the queue is full, so that each is refused. Time of the processor, th
 import argparse
 import asyncio
 import os
+import shlex
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -229,7 +231,8 @@ def main() -> None:
     table = "\n".join(["| part | an answer, µs | a refusal, µs |", "|---|---|---|", *rows])
     print(table)
     if options.write:
-        write_section("request", f"`python -m benchmarks.request`, {describe_machine()}.\n\n{table}")
+        command = shlex.join(["python", "-m", "benchmarks.request", *sys.argv[1:]])
+        write_section("request", f"`{command}`, {describe_machine()}.\n\n{table}")
 
 
 if __name__ == "__main__":
