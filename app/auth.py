@@ -18,7 +18,7 @@ from app.settings import Settings, SettingsError, variable
 
 log = logging.getLogger("bertd.auth")
 
-PUBLIC = ("/health", "/ready", "/docs", "/openapi.json", "/static-offline-docs/")
+PUBLIC = ("/health", "/ping", "/ready", "/docs", "/openapi.json", "/static-offline-docs/")
 
 _ADMIN = ("/admin", "/admin/")
 _LOOK_SECONDS = 1.0  # between two looks at the file of keys
@@ -101,7 +101,7 @@ class RequireKey:
         self._refuse = refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        error = self._objection(scope) if scope["type"] == "http" else None
+        error = self._objection(scope)
         await (self._refuse(error, scope) if error else self._app)(scope, receive, send)
 
     def _objection(self, scope: Scope) -> ServiceError | None:

@@ -13,6 +13,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+ENDING = signal.SIGINT, signal.SIGTERM
+"""What ends the API process, in order. Terminals and supervisors send it to a whole group."""
+
 ENGINE = (sys.executable, "-m", "app.worker")
 # What torch's libraries read when they are loaded; the user's own values win. See docs/performance.md.
 _ENGINE_ENVIRONMENT = {
@@ -33,8 +36,7 @@ class Child:
     """A process that is given the descriptor of its end of the pair as its last argument. As a context manager, it is killed at
     the end if it still runs.
 
-    It never hears SIGINT and SIGTERM, which terminals and supervisors send to a whole group: the API process decides when
-    it stops.
+    It never hears the signals of `ENDING`: the API process decides when it stops.
 
     process  the process, for who owns it to wait for
     socket   our end of the pair, non-blocking
@@ -43,7 +45,7 @@ class Child:
     def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
         self.socket, theirs = socket.socketpair()
         self.socket.setblocking(False)
-        heard = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))  # a process inherits what is blocked
+        heard = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # a process inherits what is blocked
         try:
             with theirs:
                 descriptor = theirs.fileno()

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from app.embedding import Embedding, finish
-from app.engine import HIDDEN
 from app.errors import InvalidInput, ServiceError, WrongKind
+from app.frames import HIDDEN
 from app.inputs import CONTEXT, Span
 from app.outcomes import Stats
 from app.service import Service

@@ -83,7 +83,7 @@ class Classification:
     ) -> Outcome:
         """Fit a classifier on examples and save it under a name, in the place of the one that has it.
 
-        No deadline applies. Cancelled or refused, it leaves what was there.
+        No deadline applies. Cancelled or refused, it leaves what was there; once the file is being written it is neither.
         """
         await asyncio.to_thread(self.store.prepare, name)
         labels = check_examples(examples)
@@ -162,7 +162,7 @@ class Classification:
                 on_overflow=options.on_overflow,
                 **asdict(self._service.space(options.pooling, options.prompt_name)),
             )
-            await asyncio.to_thread(self.store.save, name, Classifier(card, fitted.head))
+            await _to_its_end(asyncio.to_thread(self.store.save, name, Classifier(card, fitted.head)))
             return Outcome(card, fitted.confusion, time.perf_counter() - start)
 
     async def _until_closing(self, work: Coroutine[Any, Any, T]) -> T:
@@ -171,7 +171,9 @@ class Classification:
         closing = asyncio.ensure_future(self._service.closing.wait())
         try:
             await asyncio.wait((task, closing), return_when=asyncio.FIRST_COMPLETED)
-            if not task.done():
+            task.cancel()
+            await asyncio.wait((task,))
+            if task.cancelled():
                 raise NotReady("the server stops or has changed its model; send the request again", retry_after=1)
             return task.result()
         finally:
@@ -220,6 +222,15 @@ class Classification:
             self._label_vectors.move_to_end(key)
         while len(self._label_vectors) > _KEPT_LABELS:
             self._label_vectors.popitem(last=False)
+
+
+async def _to_its_end(work: Coroutine[Any, Any, T]) -> T:
+    """The result of work that can't be given up: whoever is cancelled meanwhile, waits for it and goes on."""
+    task = asyncio.ensure_future(work)
+    while not task.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait((task,))
+    return task.result()
 
 
 def check_examples(examples: Sequence[Example]) -> list[str]:

@@ -88,16 +88,21 @@ class Store:
         return sorted(path.stem for path in self._folder.glob(f"*{_SUFFIX}") if _is_name(path.stem))
 
     def find(self, name: str) -> Classifier:
-        """The classifier of that name, as its file is now. Raises NotFound, or Conflict for a file that is broken."""
+        """The classifier of that name, as its file is now.
+
+        Raises NotFound, or Conflict for a file that is broken or can't be read.
+        """
         path = self._path(name)
         try:
             status = path.stat()
-        except OSError:
+            stamp = status.st_mtime_ns, status.st_ino, status.st_size
+            if name not in self._known or self._known[name][0] != stamp:
+                self._known[name] = stamp, _read(path)
+        except (FileNotFoundError, NotADirectoryError):
             self._known.pop(name, None)
             raise NotFound(f"classifier {name!r} is not known; GET /classifiers lists those that are") from None
-        stamp = status.st_mtime_ns, status.st_ino, status.st_size
-        if name not in self._known or self._known[name][0] != stamp:
-            self._known[name] = stamp, _read(path)
+        except OSError as error:  # of the moment, or until somebody gives leave: not kept
+            raise Conflict(f"classifier {name!r} can't be read ({error.strerror}); see to its file, or try again") from None
         found = self._known[name][1]
         if isinstance(found, str):
             raise Conflict(f"classifier {name!r} is broken: {found}; fit it again, restore its file or delete it")
@@ -162,11 +167,10 @@ def _dump(classifier: Classifier) -> bytes:
 
 
 def _read(path: Path) -> Classifier | str:
-    """The classifier in a file, or what is wrong with the file."""
+    """The classifier in a file, or what is wrong with the file. Raises OSError."""
+    content = path.read_bytes()
     try:
-        return _load(path.read_bytes())
-    except OSError as error:
-        return f"its file can't be read ({error.strerror})"
+        return _load(content)
     except (SafetensorError, LookupError, TypeError, ValueError) as error:
         return str(error).split("\n", 1)[0][:200]
 

@@ -2,24 +2,27 @@
 
 import argparse
 import asyncio
+import contextlib
 import json
 import logging
 import os
+import platform
 import signal
 import socket
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from app import logs
-from app.child import Child, start_engine
+from app.child import ENDING, Child, start_engine
 from app.cores import TOKENIZERS
 from app.memory import keep_memory_small
-from app.settings import Settings, SettingsError
-from app.texts import WRITERS, TextsError, read_texts
+from app.settings import Settings, SettingsError, flag
+from app.texts import WRITERS, TextsError, check_target, read_texts, write_vectors
 
 _KEEP_ALIVE = 75  # seconds: longer than proxies and pools keep a connection, so that it is never closed under a request
 _UNLIMITED = 2**40
@@ -43,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = vars(_parser().parse_args(arguments))
     command: Callable[..., None] = options.pop("command")
     flags = {name: options.pop(name) for name in Settings.model_fields if name in options}
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in ENDING:
         signal.signal(number, _terminate)
     try:
         settings = Settings.read(os.environ, {name: value for name, value in flags.items() if value is not None})
@@ -59,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _terminate(number: int, frame: object) -> None:
-    """End a command, or a server that still starts.
+    """End a command that has no event loop yet, or no longer.
 
     Process 1 of a container has no default for a signal: it would ignore it. Python's own KeyboardInterrupt, where it comes
     while a class is made, has the interpreter end itself by the signal, whoever has caught it.
@@ -69,6 +72,8 @@ def _terminate(number: int, frame: object) -> None:
 
 def serve(settings: Settings) -> None:
     """Serve over HTTP until SIGTERM or SIGINT; every accepted request is answered first."""
+    if not os.isatty(0):
+        signal.signal(signal.SIGHUP, lambda *_: None)  # until the server listens: what it asks for is being loaded
     sock = _listen(settings)
     with start_engine() as early:
         _serve(settings, sock, early)
@@ -93,26 +98,30 @@ def _serve(settings: Settings, sock: socket.socket, early: Child) -> None:
 
         from app.info import info_of
         from app.main import counted_refusal, create_app
+        from app.observe import observed_refusal
         from app.server import Server, connection_limit
         from app.wire import Wire
 
         limit = connection_limit(settings.max_connections)
-        refuse = counted_refusal(serving.metrics)
+        refuse = observed_refusal(serving.metrics, counted_refusal(serving.metrics))
         probes = [f"{settings.url_prefix or ''}{path}" for path in PROBES]
-        wire = Wire(settings.header_timeout, settings.body_timeout, limit, probes, lambda error: refuse(error, {"path": ""}))
+        wire = Wire(settings.header_timeout, settings.body_timeout, limit, probes, refuse)
         config = uvicorn.Config(
             create_app(settings, serving, tracer),
             http=wire.protocol(),
             ws="none",
+            lifespan="off",  # the app is sent requests and nothing else
             log_config=None,
             access_log=False,
             server_header=False,
             proxy_headers=False,
             timeout_keep_alive=_KEEP_ALIVE,
         )
-        banner = _banner(info_of(serving.current.service), sock, settings.url_prefix or "")
+        banner = _banner(info_of(serving.current.service), sock, settings)
         server = Server(config, serving, settings.grace_period, lambda: print(banner, flush=True))
         pass_over_what_stays()
+        with _the_port(settings):  # uvloop would pass over it that another server listens there by now
+            sock.listen()
         await server.serve([sock])
         if server.cut_off:
             ended = "by a second signal, or because BERTD_GRACE_PERIOD was over"
@@ -160,13 +169,14 @@ def embed(settings: Settings, file: Path, output: Path | None, **options: Any) -
         raise Failure(f"{target} ends in {target.suffix or 'nothing'}; wanted one of {', '.join(WRITERS)}")
     try:
         texts = read_texts(file)
+        check_target(target, file)
+
+        async def run(service: Any) -> None:
+            write_vectors(target, texts, await _embed_all(service, file, texts, options))
+
+        _with_service(settings.model_copy(update=_ALONE), run)
     except TextsError as error:
         raise Failure(str(error)) from None
-
-    async def run(service: Any) -> None:
-        WRITERS[target.suffix](target, texts, await _embed_all(service, file, texts, options))
-
-    _with_service(settings.model_copy(update=_ALONE), run)
     print(f"{len(texts)} vectors in {target}", file=sys.stderr)
 
 
@@ -251,12 +261,25 @@ def _around(running: Callable[..., Any], settings: Settings, run: Callable[[Any]
     from app.metrics import Metrics
     from model.errors import ModelError
 
+    ended_by: list[int] = []
+
     async def around() -> None:
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+
+        def end(number: int) -> None:
+            ended_by.append(number)
+            task.cancel()
+
+        for number in ENDING:  # what a handler of Python's raises, a callback of the loop may swallow
+            loop.add_signal_handler(number, end, number)
         async with running(settings, Metrics()) as started:
             await run(started)
 
     try:
         uvloop.run(around())
+    except asyncio.CancelledError:
+        raise SystemExit(128 + ended_by[0]) from None
     except (ModelError, ServiceError) as error:
         raise Failure(str(error)) from None
 
@@ -266,13 +289,19 @@ def _listen(settings: Settings) -> socket.socket:
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
+    with _the_port(settings):
         sock.bind((settings.host, settings.port))
+    return sock
+
+
+@contextlib.contextmanager
+def _the_port(settings: Settings) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise Failure(
             f"{settings.host}:{settings.port} can't be listened on ({error.strerror}); choose another --port or --host"
         ) from None
-    return sock
 
 
 _FIRST: Mapping[str, tuple[str, str]] = {
@@ -284,10 +313,12 @@ _FIRST: Mapping[str, tuple[str, str]] = {
 """The path and body of a first request to a model of each kind."""
 
 
-def _banner(told: Any, sock: socket.socket, prefix: str) -> str:
+def _banner(told: Any, sock: socket.socket, settings: Settings) -> str:
     host, port = sock.getsockname()[:2]
     path, body = _FIRST[told.kind]
-    url = f"http://{f'[{host}]' if ':' in host else host}:{port}{prefix}"
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}{settings.url_prefix or ''}"
+    key = '-H "Authorization: Bearer $KEY" ' if settings.api_key or settings.api_key_file else ""
+    slow = () if told.device != "cpu" or _has_kernels() else (_NO_KERNELS,)
     limits = (
         f"{told.max_input_length} tokens a text, {told.max_batch_tokens} a batch, "
         f"{told.max_queue_tokens} in the queue, {told.max_client_batch_size} texts a request"
@@ -297,11 +328,24 @@ def _banner(told: Any, sock: socket.socket, prefix: str) -> str:
             f"model    {told.model_id} (SHA-256 {told.model_sha[:16]}…)",
             f"kind     {told.kind}, {told.dimension} numbers a text",
             f"device   {told.device}, {told.dtype}, {told.kernel}, {told.threads} threads",
+            *slow,
             f"limits   {limits}",
             f"ready    {url}  (docs at {url}/docs)",
-            f"try      curl {url}{path} -H 'Content-Type: application/json' -d '{body}'",
+            f"try      curl {url}{path} -H 'Content-Type: application/json' {key}-d '{body}'",
         )
     )
+
+
+_NO_KERNELS = (
+    "slow     no compiled kernels, and no int8: a C compiler was missing when the package was installed; "
+    "install one and install again"
+)
+
+
+def _has_kernels() -> bool:
+    """Whether a library of kernels was built with the package, or there is none for such a machine."""
+    built = any(find_spec(f"model._kernels_{kind}") for kind in ("avx512", "avx2"))
+    return built or platform.machine() not in ("x86_64", "AMD64")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -312,7 +356,7 @@ def _parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(command.__name__, help=about, description=about)
         sub.set_defaults(command=command)
         for name, option in Settings.model_fields.items():
-            sub.add_argument(f"--{name.replace('_', '-')}", dest=name, metavar=name.upper(), help=option.description)
+            sub.add_argument(flag(name), dest=name, metavar=name.upper(), help=option.description)
         if add_options := _OPTIONS.get(command.__name__):
             add_options(sub)
     return parser

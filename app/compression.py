@@ -37,7 +37,7 @@ class Compress:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        coding = content_coding(header_of(scope, b"accept-encoding") or "") if scope["type"] == "http" else None
+        coding = content_coding(header_of(scope, b"accept-encoding") or "")
         await self._app(scope, receive, _compressing(send, coding) if coding else send)
 
 

@@ -3,4 +3,4 @@
 from model.cgroup import available_cores
 
 TOKENIZERS = max(2, min(4, available_cores() // 4))
-"""Threads that tokenize at once; the library releases the interpreter lock."""
+"""Threads that tokenize what is small, and as many that tokenize what is large; the library releases the interpreter lock."""

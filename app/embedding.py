@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from app.engine import HIDDEN
 from app.errors import InvalidInput
+from app.frames import HIDDEN
 from app.inputs import CONTEXT, Encoding, Input, Token, check_not_empty
 from app.outcomes import Stats, filled
 from app.service import Service

@@ -6,7 +6,7 @@ import logging
 import signal
 import subprocess
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from itertools import islice
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 
 from app.child import ENGINE, Child, start_engine
 from app.errors import EngineError
-from app.frames import Frame, FrameProtocol, dump
+from app.frames import HIDDEN, SPARSE, Frame, FrameProtocol, dump
 from model.cgroup import memory_limit
 from model.tokens import Tokens
 from model.vectors import FloatArray
@@ -26,7 +26,6 @@ _RESTART_DELAYS = (0.0, 0.5, 1.0, 2.0, 4.0)  # seconds before each try; after th
 _START_SECONDS = 600.0  # for a large checkpoint on a slow disk; longer is a hang
 _GRACE_SECONDS = 0.5
 
-HIDDEN, SPARSE = "hidden", "sparse"  # the tasks of batches that want a matrix per row; any other gives one row per row
 Results = FloatArray | list[FloatArray]
 """Vectors [N, out], or one matrix [L, H] per row."""
 
@@ -166,6 +165,14 @@ class Engine:
         await self._reap()
 
     async def _launch(self) -> None:
+        """One try. Raises EngineError, also where the system has no descriptor, process, thread or memory left for it."""
+        try:
+            await self._reap()
+            await self._open()
+        except (OSError, RuntimeError, MemoryError) as error:
+            raise EngineError(f"the engine process can't be started ({error})") from None
+
+    async def _open(self) -> None:
         loop = asyncio.get_running_loop()
         self._hello = loop.create_future()
         child, self._early = self._early or start_engine(self._command), None
@@ -174,7 +181,8 @@ class Engine:
             lambda: FrameProtocol(self._on_frame, lambda: self._on_lost(transport)), sock=child.socket
         )
         self._transport = transport
-        transport.writelines(dump(asdict(self._options)))
+        if not transport.is_closing():  # it may be gone already
+            transport.writelines(dump(asdict(self._options)))
         hello = await self._first_word(transport)
         reason = hello.head.get("failed") if hello else None
         if hello is None or reason or self._transport is not transport:  # the last: it died as it said hello
@@ -184,6 +192,8 @@ class Engine:
             transport.close()
             raise EngineError("the files of the checkpoint are not those that this server started with; reload or restart it")
         self.facts = hello.head
+        # What was found is what later processes are to take: others would give other vectors.
+        self._options = replace(self._options, device=self.facts["device"], dtype=self.facts["dtype"])
         self.state = State.READY
         self.on_change()
 
@@ -228,16 +238,17 @@ class Engine:
                 self._ending.add(number)
                 self.on_change()
             return
+        result = _result(frame)  # first: a frame that holds none ends the connection, and who waits is found there
         self._ending.discard(number)
         self._heard.pop(number, None)
         self._vain_starts = 0
         answer = self._waiting.pop(number, None)
         self._watch_running()
         if answer is not None and not answer.done():
-            if "error" in frame.head:
-                answer.set_exception(BatchFailed(frame.head["error"]))
+            if isinstance(result, BatchFailed):
+                answer.set_exception(result)
             else:
-                answer.set_result(frame.arrays if frame.head["task"] in (HIDDEN, SPARSE) else frame.arrays[0])
+                answer.set_result(result)
 
     def _on_lost(self, transport: asyncio.BaseTransport) -> None:
         """The socket is closed: answer everyone who waits for this process, and start another unless we are stopping."""
@@ -261,7 +272,6 @@ class Engine:
 
     async def _restart(self) -> None:
         while self._vain_starts < len(_RESTART_DELAYS):
-            await self._reap()
             await asyncio.sleep(_RESTART_DELAYS[self._vain_starts])
             try:
                 await self._launch()
@@ -278,6 +288,12 @@ class Engine:
     async def _reap(self) -> int | None:
         """Make sure that the process is gone; its exit code."""
         return await asyncio.to_thread(_end, self._process) if self._process else None
+
+
+def _result(frame: Frame) -> Results | BatchFailed:
+    if "error" in frame.head:
+        return BatchFailed(frame.head["error"])
+    return frame.arrays if frame.head["task"] in (HIDDEN, SPARSE) else frame.arrays[0]
 
 
 def _ending(code: int | None) -> str:

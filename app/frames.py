@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 import orjson
 
-Array = np.ndarray[Any, np.dtype[Any]]
+from model.vectors import Array
+
+HIDDEN, SPARSE = "hidden", "sparse"  # the tasks of batches that want a matrix per row; any other gives one row per row
 _PREFIX = Struct("<IQ")
 
 

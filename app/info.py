@@ -43,7 +43,7 @@ class Info(BaseModel):
     max_batch_requests: int | None = Field(description="always null: what bounds a batch is its tokens")
     max_client_batch_size: int = Field(description="texts of one request")
     auto_truncate: bool = Field(description="whether a text that is too long is cut, where a request does not say")
-    tokenization_workers: int = Field(description="threads of the tokenizer")
+    tokenization_workers: int = Field(description="threads of the tokenizer, half of them for large texts and lists")
     version: str = Field(description="that of bertd")
     kind: Kind = Field(description="what the checkpoint is; the routes that answer depend on it")
     dimension: int = Field(description="how many numbers a text becomes")

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,6 +29,9 @@ _SMALL = 1000  # characters that are tokenized in the event loop: 0.1 ms, what a
 _LARGE = 100_000  # characters that take so long, 0.1 s and more, that they wait among themselves
 _UNCUT = 2**31 - 1
 
+NO_PROMPT = ""
+"""As the name of a prompt: none, whatever the checkpoint's default is."""
+
 CONTEXT = 0.25
 """Of a window that it shares with its neighbour where the rows of single tokens are wanted."""
 
@@ -41,6 +44,7 @@ class Encoding:
 
     partial     a bad text is an error in its place, and its neighbours get their answers; else it refuses the request
     max_second  tokens that are kept of the second text of a pair
+    splits      whether a text could be split: else a refusal does not advise it
     """
 
     on_overflow: OnOverflow | None = None
@@ -48,6 +52,7 @@ class Encoding:
     prompt_name: str | None = None
     partial: bool = False
     max_second: int | None = None
+    splits: bool = True
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,7 @@ class Reader:
         """Texts as rows that the encoder can take. Windows of a split text share a part of `overlap` with their neighbours."""
         start = time.perf_counter()
         prompt = self.prompt(options.prompt_name)
-        size = _size(inputs) + len(prompt) * sum(isinstance(item, str) for item in inputs)
+        size = _size(inputs) + len(prompt) * sum(not isinstance(item, list) for item in inputs)
         reading = [
             self.off_loop(partial(self._items, inputs[part], part.start, prompt, options, overlap, with_offsets), size)
             for part in _parts(len(inputs), size)
@@ -180,7 +185,12 @@ class Reader:
             raise InvalidInput(str(error)) from None
 
     def prompt(self, name: str | None) -> str:
-        """What stands before each text: the prompt of that name, or the checkpoint's default one. Token ids get none."""
+        """What stands before each text, and the first of a pair: the prompt of that name, or the checkpoint's default one.
+
+        Token ids get none.
+        """
+        if name == NO_PROMPT:
+            return ""
         if name is not None and name not in self._prompts:
             raise InvalidInput(f"prompt_name is none of this model's. Available prompts: {sorted(self._prompts)}")
         return self._prompts.get(name or self._default_prompt or "", "")
@@ -219,7 +229,7 @@ class Reader:
         on_overflow = options.on_overflow or self._settings.on_overflow
         most = self._settings.max_request_tokens
         limit = most if on_overflow == "split" else self._tokenizer.max_tokens
-        texts = [prompt + item if isinstance(item, str) else item for item in inputs if not isinstance(item, list)]
+        texts = [_prompted(item, prompt) for item in inputs if not isinstance(item, list)]
         enough = limit if on_overflow == "truncate" else most  # who is told a number of tokens is told it up to here
         encoded = iter(self._tokenizer.encode(texts, limit, options.side, with_offsets, options.max_second, enough))
         items: list[Item | ServiceError] = []
@@ -228,8 +238,9 @@ class Reader:
                 row = self._tokenizer.encode_ids(item, limit, options.side) if isinstance(item, list) else next(encoded)
                 for part in item if isinstance(item, tuple) else [item]:
                     check_not_empty(part, "a text" if isinstance(part, str) else "a list of token ids")
+                check_not_empty(row, "a text")  # a tokenizer without special tokens finds none in white space
                 if row.cut and on_overflow != "truncate":
-                    raise self._too_long("the text" if options.partial else f"inputs[{place}]", row, on_overflow)
+                    raise self._too_long("the text" if options.partial else f"text {place}", row, on_overflow, options.splits)
                 items.append(self._item(row, prompt if isinstance(item, str) else "", overlap))
             except (ServiceError, InvalidTokens) as error:
                 if not options.partial:
@@ -251,7 +262,7 @@ class Reader:
             raise InvalidInput(f"the prompt leaves a text no room in {limit} tokens; take a shorter one or on_overflow: truncate")
         return Item(row, split(row, limit, before, after, int(overlap * room)))
 
-    def _too_long(self, subject: str, row: Tokens, on_overflow: OnOverflow) -> ServiceError:
+    def _too_long(self, subject: str, row: Tokens, on_overflow: OnOverflow, splits: bool) -> ServiceError:
         tokens, most = len(row) + row.cut, self._settings.max_request_tokens
         count = f"more than {most}" if tokens > most else str(tokens)
         if on_overflow == "split":
@@ -260,7 +271,7 @@ class Reader:
             )
         return InvalidInput(
             f"{subject} has {count} tokens; wanted at most {self._tokenizer.max_tokens}, "
-            "shorten it or send on_overflow: truncate or split"
+            f"shorten it or send on_overflow: truncate{' or split' if splits else ''}"
         )
 
     def _named(self, text: str, ids: Sequence[int], offsets: Sequence[Sequence[int]], shift: int = 0) -> list[Token]:
@@ -274,9 +285,14 @@ class Reader:
         ]
 
 
-def check_not_empty(item: Sequence[object], wanted: str) -> None:
+def check_not_empty(item: Sized, wanted: str) -> None:
     if not item:
         raise EmptyInput(f"an input is empty; wanted {wanted}")
+
+
+def _prompted(item: str | tuple[str, str], prompt: str) -> str | tuple[str, str]:
+    """A text behind a prompt; of a pair the first one, as sentence-transformers' CrossEncoder has it."""
+    return prompt + item if isinstance(item, str) else (prompt + item[0], item[1])
 
 
 def _size(inputs: Sequence[Input]) -> int:

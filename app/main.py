@@ -1,6 +1,7 @@
 """The composition root: an app around a service."""
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -73,9 +74,10 @@ def create_app(settings: Settings, serving: Serving, tracer: Tracer | None = Non
     route is reached without the dozen layers that only other routes need.
     """
     refuse = counted_refusal(serving.metrics)
-    serving.metrics.expect(route.path for router in ROUTERS for route in router.routes if isinstance(route, APIRoute))
+    for route in (route for router in ROUTERS for route in router.routes if isinstance(route, APIRoute)):
+        serving.metrics.expect(route.path, works=bool({"POST", "PUT"}.intersection(route.methods or ())))
     keys = Keys(settings)
-    app: ASGIApp = DirectRoutes(create_api(refuse, keys), JSON_ROUTES, refuse)
+    app: ASGIApp = DirectRoutes(create_api(refuse, keys, serving.metrics), JSON_ROUTES, refuse)
     app = EnterCurrent(app, serving)
     app = Deadline(app, settings.request_timeout, refuse)
     app = WholeBody(app, settings.body_timeout)
@@ -87,11 +89,18 @@ def create_app(settings: Settings, serving: Serving, tracer: Tracer | None = Non
     return Observe(allow(app), serving.metrics, lambda error, scope: allow(refuse(error, scope)), tracer, settings.log_inputs)
 
 
-def create_api(refuse: Refuse, keys: Keys | None = None) -> FastAPI:
+def create_api(refuse: Refuse, keys: Keys | None = None, metrics: Metrics | None = None) -> FastAPI:
     """Every route, documented: what stands at /docs and /openapi.json, and which of the keys each wants."""
 
     async def on_service_error(request: Request, error: ServiceError) -> ASGIApp:
         return refuse(error, request.scope)
+
+    async def on_http_exception(request: Request, error: HTTPException) -> Response:
+        """No such route, wrong method: the same shape as every other refusal, and counted as they are."""
+        if metrics is not None:
+            metrics.refused.labels(NotFound.word).inc()
+        message = f"{request.method} on this path: {error.detail}; see /docs"
+        return _answer(path_of(request.scope), error.status_code, NotFound.word, message, error.headers or {})
 
     api: FastAPI = FastAPIOffline(
         title="bertd",
@@ -102,7 +111,7 @@ def create_api(refuse: Refuse, keys: Keys | None = None) -> FastAPI:
         telemetry=_NO_TELEMETRY,
         exception_handlers={
             ServiceError: on_service_error,
-            HTTPException: _on_http_exception,
+            HTTPException: on_http_exception,
             Exception: _on_defect,
         },
     )
@@ -110,7 +119,8 @@ def create_api(refuse: Refuse, keys: Keys | None = None) -> FastAPI:
         api.include_router(router)
     if keys is not None:
         page = api.openapi
-        api.openapi = lambda: _with_keys(page(), keys)  # type: ignore[method-assign]
+        # Once: FastAPI keeps its page, and this changes it in place.
+        api.openapi = cache(lambda: _with_keys(page(), keys))  # type: ignore[method-assign]
     return api
 
 
@@ -148,13 +158,6 @@ def counted_refusal(metrics: Metrics) -> Callable[[ServiceError, Scope], Respons
         return refusal(error, scope)
 
     return refuse
-
-
-async def _on_http_exception(request: Request, error: Exception) -> Response:
-    """No such route, wrong method: the same shape as every other refusal."""
-    assert isinstance(error, HTTPException)
-    message = f"{request.method} on this path: {error.detail}; see /docs"
-    return _answer(path_of(request.scope), error.status_code, NotFound.word, message, error.headers or {})
 
 
 async def _on_defect(request: Request, error: Exception) -> ASGIApp:

@@ -22,12 +22,13 @@ from app.record import NO_ROUTE
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _POWERS = tuple(float(2**n) for n in range(17))
 STAGES = ("tokenize", "queue", "infer", "render")
+_FAILED = (429, 500, 503, 504)  # what a burst of may be over within two scrapes, and somebody is to be woken for
 
 
 class Metrics:
     """Counters of one app. Labels take values from closed lists only: no client can add a series.
 
-    What can be known is there from the first scrape, as 0: a rate over a series that is new begins with its second sample.
+    What an alert asks for is there from the first scrape, as 0: a rate over a series that is new begins with its second sample.
     """
 
     def __init__(self) -> None:
@@ -65,12 +66,12 @@ class Metrics:
         self._answered: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
         for reason in sorted(_words(ServiceError)):
             self.refused.labels(reason)
-        self.expect([NO_ROUTE])
+        self.expect(NO_ROUTE, works=True)  # the door refuses before a route is known
 
-    def expect(self, routes: Iterable[str]) -> None:
-        """Show the series of these routes before their first request."""
-        for route in routes:
-            self._children(route, 200)
+    def expect(self, route: str, works: bool) -> None:
+        """Show the series of a route before its first request; one that works may be too much, too slow or fail."""
+        for status in (200, *(_FAILED if works else ())):
+            self._children(route, status)
 
     def answered(self, route: str, status: int, seconds: float) -> None:
         """Count one request."""

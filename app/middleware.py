@@ -17,8 +17,6 @@ Refuse = Callable[[ServiceError, Scope], ASGIApp]
 
 _TIMEOUT_HEADER = b"x-request-timeout"
 _LARGEST_BODIES = 32  # that the bodies of all requests at once may come to
-_LINGER_BYTES = 64 * 2**20  # of a refused body that are read and thrown away, so that the client gets to read the refusal
-_LINGER_SECONDS = 5.0
 
 
 class PlainPaths:
@@ -30,9 +28,6 @@ class PlainPaths:
         self._refuse = refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
         path: str = scope["path"]
         if "//" in path:
             path = re.sub("/{2,}", "/", path)
@@ -53,7 +48,7 @@ def path_of(scope: Scope) -> str:
 
 
 class Door:
-    """Refuses what would be refused anyway, before it costs anything; what an operator asks always passes.
+    """Refuses what would be refused anyway, before it costs anything; probes always pass.
 
     Once the server stops it lets nobody in, and those inside are answered. While the queue is full it turns back whatever
     would have to wait in it: `check_room` raises the refusal.
@@ -66,12 +61,12 @@ class Door:
         self._refuse = refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or path_of(scope) in PROBES:
+        if path_of(scope) in PROBES:
             await self._app(scope, receive, send)
             return
         if self._closing.is_set():
             error = NotReady("the server is stopping; send the request to another one", retry_after=1)
-            await self._refuse(error, scope)(scope, receive, _lingering(send, receive))
+            await self._refuse(error, scope)(scope, receive, _last(send))
             return
         try:
             if scope["method"] == "POST" and not takes_long(scope):
@@ -96,9 +91,6 @@ class BodyLimit:
         self._refuse = refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
         read = 0
 
         async def limited_receive() -> Message:
@@ -114,7 +106,7 @@ class BodyLimit:
             self._check(int(header_of(scope, b"content-length") or 0))
             await self._app(scope, limited_receive, send)
         except (BodyTooLarge, Overloaded, RequestTimeout) as error:
-            await self._refuse(error, scope)(scope, receive, _lingering(send, receive))
+            await self._refuse(error, scope)(scope, receive, _last(send))
         finally:
             self._held -= read
 
@@ -127,33 +119,15 @@ class BodyLimit:
             raise Overloaded(f"the requests that are here have {self._held} bytes; try again in 1 s", retry_after=1)
 
 
-def _lingering(send: Send, receive: Receive) -> Send:
-    """A `send` that ends the answer only when the client has stopped sending: closing on it earlier would reset the
-    connection, and the client would never see the answer."""
+def _last(send: Send) -> Send:
+    """A `send` whose answer is the last on its connection: the rest of the body is not worth reading."""
 
-    async def send_then_drain(message: Message) -> None:
+    async def send_last(message: Message) -> None:
         if message["type"] == "http.response.start":
             MutableHeaders(scope=message)["connection"] = "close"
-        if message["type"] == "http.response.body":
-            await send({**message, "more_body": True})
-            await _drain(receive)
-            message = {"type": "http.response.body", "body": b""}
         await send(message)
 
-    return send_then_drain
-
-
-async def _drain(receive: Receive) -> None:
-    drained = 0
-    try:
-        async with asyncio.timeout(_LINGER_SECONDS):
-            more = True
-            while more and drained < _LINGER_BYTES:
-                message = await receive()
-                drained += len(message.get("body", b""))
-                more = message.get("more_body", False)
-    except TimeoutError:
-        pass  # a client that neither reads nor stops has had its answer
+    return send_last
 
 
 class WholeBody:
@@ -167,9 +141,6 @@ class WholeBody:
         self._body_timeout = body_timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
         body = await self._read(receive)
         if body is None:
             return
@@ -199,9 +170,6 @@ class Deadline:
         self._refuse = refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
         try:
             seconds = self._limit(scope)
             async with asyncio.timeout(seconds) as deadline:

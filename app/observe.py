@@ -3,7 +3,9 @@
 import logging
 import random
 import time
+from collections.abc import Callable
 
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.errors import ServiceError
@@ -17,6 +19,7 @@ from app.traces import Tracer, valid_traceparent
 log = logging.getLogger("bertd.request")
 
 _REQUEST_ID_SIZE = 128
+_NO_METHOD = "-"  # of what was refused before its head was whole
 _UTF8_SIZE = 4  # bytes of a character, at most
 
 
@@ -34,9 +37,6 @@ class Observe:
         self._log_inputs = log_inputs
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
         parents = [value.decode("latin-1") for name, value in scope["headers"] if name == b"traceparent"]
         record = RequestRecord(_request_id(header_of(scope, b"x-request-id")), scope["method"], valid_traceparent(parents))
         span = self._tracer.begin(record, header_of(scope, b"tracestate") or "") if self._tracer else None
@@ -63,6 +63,23 @@ class Observe:
                 raise ConnectionError("the answer broke off") from None  # the server closes the connection
             internal = ServiceError(f"internal error; the log has more under request id {record.request_id}")
             await self._refuse(internal, scope)(scope, receive, send)
+
+
+def observed_refusal(metrics: Metrics, refuse: Callable[[ServiceError, Scope], Response]) -> Callable[[ServiceError], Response]:
+    """Refusals of what never becomes a request: counted and logged as those of a request without a route."""
+
+    def refuse_observed(error: ServiceError) -> Response:
+        record = RequestRecord(_request_id(None), _NO_METHOD)
+        begin_record(record)
+        response = refuse(error, {"path": ""})
+        response.headers["x-request-id"] = record.request_id
+        record.status, record.bytes_out = response.status_code, len(response.body)
+        record.seconds = time.perf_counter() - record.start
+        metrics.answered(record.route, record.status, record.seconds)
+        log_request(record)
+        return response
+
+    return refuse_observed
 
 
 def _observed(send: Send, record: RequestRecord) -> Send:

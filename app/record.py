@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 NO_ROUTE = "none"  # of a request that fits no route, or was refused before one was found
-PROBES = frozenset(("/health", "/ready", "/metrics"))  # what machines ask every few seconds
+PROBES = frozenset(("/health", "/ping", "/ready", "/metrics"))  # what machines ask every few seconds
 
 
 class Stage(NamedTuple):

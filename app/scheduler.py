@@ -51,9 +51,9 @@ class Scheduler:
         self._suspects: set[Engine] = set()  # that run rows which were aboard a death: nothing else is aboard with those
         self._since: dict[Engine, float] = {}  # when each engine began to work, or ended its last batch
         self._restarts = 0
-        self._rate = sum(float(engine.facts.get("tokens_per_second", 0)) for engine in engines) or 1.0
+        rate = sum(float(engine.facts.get("tokens_per_second", 0)) for engine in engines) or 1.0
         self._mean_tokens = float(max_batch_tokens)  # of a batch, and seconds of an engine between two
-        self._mean_seconds = max_batch_tokens * len(engines) / self._rate
+        self._mean_seconds = max_batch_tokens * len(engines) / rate
         self._draining = False
         self._pumping = False
         for engine in engines:
@@ -92,6 +92,11 @@ class Scheduler:
     @property
     def max_queue_tokens(self) -> int:
         return self._max_queue_tokens or max(self._max_batch_tokens, int(self._rate * _QUEUE_SECONDS))
+
+    @property
+    def _rate(self) -> float:
+        """Tokens a second of the engines that are ready; while none is, of one, as it will be again."""
+        return self._mean_tokens / self._mean_seconds * max(1, self._engines_in(State.READY))
 
     async def drain(self) -> None:
         """Refuse new work and answer what was accepted."""
@@ -161,7 +166,7 @@ class Scheduler:
         self._pumping = False
         if not (free := sum(engine.room for engine in self._engines)):
             return
-        share = self._queue.share(free, sum(engine.lanes for engine in self._engines))
+        share = self._queue.share(free, sum(engine.lanes for engine in self._engines if engine.state is State.READY))
         for engine in self._engines:
             while self._may_take(engine) and (batch := self._queue.next_batch(share)):
                 self._send(engine, batch)
@@ -209,7 +214,6 @@ class Scheduler:
         self._mean_tokens += weight * (tokens - self._mean_tokens)
         self._mean_seconds += weight * (end - self._since[engine] - self._mean_seconds)
         self._since[engine] = end
-        self._rate = self._mean_tokens / self._mean_seconds * len(self._engines)
 
     def _settle_results(self, batch: list[Row], results: Results) -> None:
         if isinstance(results, list):

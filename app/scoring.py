@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from app.embedding import Embedding, embed
-from app.engine import SPARSE
 from app.errors import InvalidInput, ServiceError
+from app.frames import SPARSE
 from app.inputs import Encoding, Input, check_not_empty
 from app.outcomes import Stats, filled
 from app.service import Service
@@ -81,7 +81,7 @@ def _check_pairs(a: Sequence[str], b: Sequence[str]) -> None:
 async def _cosines(
     service: Service, a: Sequence[str], b: Sequence[str], options: Scoring
 ) -> tuple[FloatArray, list[ServiceError | None], Stats]:
-    how = Embedding(on_overflow=options.on_overflow, side=options.side, partial=options.partial)
+    how = Embedding(options.on_overflow, options.side, options.prompt_name, options.partial)
     vectors, stats = await embed(service, [*a, *b], how)
     of_a, of_b = stats.errors[: len(a)], stats.errors[len(a) :]
     if len(a) == 1:
@@ -98,7 +98,8 @@ async def _whole(service: Service, inputs: Sequence[Input], options: Encoding, t
         raise InvalidInput(f"on_overflow is split, and {task} of windows can't be merged; send truncate or error")
     service.check_list(inputs)
     habit = options.on_overflow or service.settings.on_overflow
-    encoded = await service.reader.read(inputs, replace(options, on_overflow="truncate" if habit == "split" else habit))
+    whole = replace(options, on_overflow="truncate" if habit == "split" else habit, splits=False)
+    encoded = await service.reader.read(inputs, whole)
     return await service.infer(encoded, task, lambda _, parts: parts[0], options.partial)
 
 

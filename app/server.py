@@ -13,6 +13,7 @@ from typing import cast
 
 import uvicorn
 
+from app.child import ENDING
 from app.memory import give_back
 from app.serving import Serving
 from app.wire import ABOVE_LIMIT, Connection
@@ -62,7 +63,8 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in ENDING:
+            self._loop.remove_signal_handler(number)  # that of the start
             signal.signal(number, self.handle_exit)
         yield
 
@@ -111,7 +113,6 @@ class Server(uvicorn.Server):
             connection.transport.abort()  # each task ends as when its client hangs up
         if tasks := set(self.server_state.tasks):
             await asyncio.wait(tasks, timeout=_LAST_SECONDS)
-        await self.lifespan.shutdown()
 
     def _connections(self) -> list[Connection]:
         return cast(list[Connection], list(self.server_state.connections))

@@ -6,12 +6,13 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from app.child import Child
 from app.cores import TOKENIZERS
 from app.engine import Engine, EngineOptions
-from app.errors import InvalidInput, NotReady, WrongKind
+from app.errors import EngineError, InvalidInput, NotReady, WrongKind
 from app.inputs import Encoded, Reader, Token, check_not_empty
 from app.metrics import Metrics
 from app.outcomes import Merge, Stats, detail_of, merged, raise_first
@@ -20,7 +21,8 @@ from app.scheduler import Answer, Scheduler
 from app.settings import Settings
 from app.waiting import Outcome
 from model.config import Kind, ModelConfig, PoolingMode, transformer_folder, weight_files, with_article
-from model.hub import digest, find_model
+from model.errors import CheckpointError
+from model.hub import digest, find_model, stamps
 from model.tokenizer import Tokenizer
 from model.tokens import Tokens
 
@@ -80,7 +82,8 @@ class Service:
 
     def space(self, pooling: PoolingMode | None, prompt_name: str | None) -> Space:
         """The space of the vectors that `embed` gives under these options."""
-        named = prompt_name or self.config.default_prompt
+        self.check_kind("embedder")
+        named = self.config.default_prompt if prompt_name is None else prompt_name
         return Space(self.facts["sha256"], self.config.dimension, self.pooling(pooling), named, self.reader.prompt(prompt_name))
 
     async def infer(self, encoded: Encoded, task: str, merge: Merge, partial: bool) -> tuple[list[Outcome], Stats]:
@@ -160,6 +163,7 @@ async def running_service(
     Raises ModelError or EngineError when the model cannot be served.
     """
     folder = await asyncio.to_thread(find_model, settings.model, settings.revision)
+    found = await asyncio.to_thread(_stamps, folder)
     config = await asyncio.to_thread(ModelConfig.from_folder, folder, settings.pooling)
     files = weight_files(transformer_folder(folder))
     options = EngineOptions(
@@ -174,15 +178,26 @@ async def running_service(
             asyncio.to_thread(meanwhile),
         )
         await starting
+        if await asyncio.to_thread(_stamps, folder) != found:  # the digest may be that of other weights than an engine's
+            raise EngineError("the files of the checkpoint changed while they were read; try again")
         await asyncio.gather(*(engine.check(config.task) for engine in engines))
         batch_tokens = min(engine.facts["max_batch_tokens"] for engine in engines)
         scheduler = Scheduler(engines, metrics, batch_tokens, settings.max_queue_tokens)
-        facts = {**engines[0].facts, "model": settings.model, "sha256": sha256, "tokenization_workers": TOKENIZERS}
+        facts = {**engines[0].facts, "model": settings.model, "sha256": sha256, "tokenization_workers": 2 * TOKENIZERS}
         yield Service(settings, config, tokenizer, scheduler, metrics, facts)
         await scheduler.drain()
     finally:
         starting.cancel()
         await asyncio.gather(*(engine.stop() for engine in engines))
+
+
+def _stamps(folder: Path) -> list[list[int]] | None:
+    """Those of config.json and the weights; None where one of these is missing."""
+    try:
+        transformer = transformer_folder(folder)
+        return stamps([transformer / "config.json", *weight_files(transformer)])
+    except (CheckpointError, OSError):
+        return None
 
 
 async def _start_all(engines: list[Engine], options: EngineOptions, timeout: float) -> None:

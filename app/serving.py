@@ -86,6 +86,8 @@ class Serving:
             except (ModelError, ServiceError) as error:
                 raise BadCheckpoint(f"the checkpoint can't be served: {error}; the one before it goes on") from None
             former, self.current = self.current, following
+            if self.closing.is_set():  # since it began
+                following.service.closing.set()
             self._show()
             retiring = asyncio.ensure_future(self._retire(former))
             self._retiring.add(retiring)
@@ -159,9 +161,6 @@ class EnterCurrent:
         self._serving = serving
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
         with self._serving.current.entered() as current:
             state: dict[str, Any] = scope.setdefault("state", {})
             state |= {"current": current, "serving": self._serving}

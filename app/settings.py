@@ -1,8 +1,8 @@
-"""Every option: type, default, help, limits. The only reader of the environment."""
+"""Every option: type, default, help, limits. The only reader of BERTD_ variables."""
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
@@ -52,7 +52,7 @@ class Settings(BaseModel):
         description="a text that is too long, where a request does not say: cut it, refuse it, or split it into windows",
     )
     threads: int = Field(0, ge=0, description="threads of the encoder; 0 takes the cores that the container may use")
-    max_batch_tokens: int = Field(0, ge=0, description="tokens in one batch; 0 leaves it to the device")
+    max_batch_tokens: int = Field(0, ge=0, le=2**20, description="tokens in one batch; 0 leaves it to the device")
     max_queue_tokens: int = Field(0, ge=0, description="tokens that may wait; 0 takes about 2 s of work")
     max_client_batch_size: int = Field(2048, ge=1, description="texts in one request")
     max_request_tokens: int = Field(65536, ge=1, description="tokens to encode in one request, after cutting and splitting")
@@ -94,7 +94,8 @@ class Settings(BaseModel):
     otlp_endpoint: str | None = Field(
         None,
         pattern=r"^https?://\S+$",
-        description="OpenTelemetry collector that gets traces over OTLP/HTTP, as `http://localhost:4318`; wants `bertd[otel]`",
+        description="OpenTelemetry collector that gets traces over OTLP/HTTP, as `http://localhost:4318`; "
+        "wants the extra `otel`, which the images lack",
     )
 
     @model_validator(mode="after")
@@ -132,16 +133,29 @@ class Settings(BaseModel):
         if unknown:
             raise SettingsError(f"unknown setting {', '.join(sorted(unknown))}; known are {', '.join(known)}")
         found: dict[str, Any] = {known[name]: value for name, value in ours.items() if value != ""}
+        given = dict(flags or {})
         try:
-            return cls.model_validate(found | dict(flags or {}))
+            return cls.model_validate(found | given)
         except ValidationError as error:
-            problems = (f"{variable(str(e['loc'][0])) if e['loc'] else 'settings'}: {e['msg']}" for e in error.errors())
-            raise SettingsError("; ".join(problems)) from None
+            raise SettingsError("; ".join(_problem(detail, given) for detail in error.errors())) from None
 
 
 def _parts(text: str) -> list[str]:
     """What stands between commas."""
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _problem(detail: Any, flags: Mapping[str, Any]) -> str:
+    """What is wrong, in a line: which option, what was found, unless it is a key, and what was wanted."""
+    message = re.sub("^(Value error,|Input should be|String should have) ", "", detail["msg"])
+    if not detail["loc"]:  # options that contradict each other, which the message names
+        return message
+    name = detail["loc"][0]
+    option = Settings.model_fields[name]
+    where = flag(name) if name in flags else variable(name)
+    found = "set" if SecretStr in get_args(option.annotation) else repr(detail["input"])
+    unfit = detail["type"] == "string_pattern_mismatch"  # nobody reads a pattern
+    return f"{where} is {found}; wanted {option.description if unfit else message}"
 
 
 _SERVICE_LINK = re.compile(PREFIX + r"(SERVICE_HOST|SERVICE_PORT.*|PORT_\d+_.*)")
@@ -155,3 +169,8 @@ def _is_foreign(name: str, value: str) -> bool:
 def variable(name: str) -> str:
     """The environment variable of a setting."""
     return PREFIX + name.upper()
+
+
+def flag(name: str) -> str:
+    """The flag of a setting."""
+    return f"--{name.replace('_', '-')}"

@@ -1,6 +1,9 @@
 """The files of `bertd embed`: texts are read line by line, and vectors written."""
 
 import json
+import os
+import stat
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,42 @@ def read_texts(file: Path) -> list[str]:
     if not texts:
         raise TextsError(f"{file} is empty; wanted a text in each line")
     return texts
+
+
+def check_target(target: Path, file: Path) -> None:
+    """Find out, before the work, whether the vectors of a file can be written there. Raises TextsError."""
+    try:
+        if target.exists():
+            if target.samefile(file):
+                raise TextsError(f"{target} is the file with the texts; wanted another one for the vectors, name it with -o")
+            if not target.is_file():
+                raise TextsError(f"{target} is there and is no file; wanted a name for a file of vectors, give it with -o")
+        tempfile.TemporaryFile(dir=target.resolve().parent).close()
+    except OSError as error:
+        raise _unwritable(target, error) from None
+
+
+def write_vectors(target: Path, texts: list[str], vectors: Any) -> None:
+    """Write texts and their vectors [N, out] in one step: whatever fails, what was there before stays. Raises TextsError."""
+    from safetensors import SafetensorError
+
+    place = target.resolve()  # behind a link, which stays one
+    temporary = place.with_name(f".{os.urandom(8).hex()}{target.suffix}")
+    try:
+        temporary.touch(exist_ok=False)
+        mode = (place if place.exists() else temporary).stat().st_mode  # safetensors would have a file that only we can read
+        WRITERS[target.suffix](temporary, texts, vectors)
+        temporary.chmod(stat.S_IMODE(mode))
+        os.replace(temporary, place)
+    except (OSError, SafetensorError) as error:
+        raise _unwritable(target, error) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _unwritable(target: Path, error: Exception) -> TextsError:
+    what = getattr(error, "strerror", None) or error
+    return TextsError(f"{target} can't be written ({what}); wanted a folder that is there, may be written to and has room")
 
 
 def _text_of(line: str, number: int, file: Path) -> str:

@@ -44,7 +44,9 @@ def open_tracer(settings: Settings) -> Iterator[Tracer | None]:
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
         name = variable("otlp_endpoint")
-        raise SettingsError(f"{name} is set and {error.name} is not installed; pip install 'bertd[otel]', or unset it") from None
+        raise SettingsError(
+            f"{name} is set and {error.name} is not installed; .venv/bin/pip install -e '.[otel]', or unset it"
+        ) from None
     exporter = OTLPSpanExporter(f"{settings.otlp_endpoint.rstrip('/')}/v1/traces", timeout=_EXPORT_SECONDS)
     tracer = _Spans(BatchSpanProcessor(exporter))
     try:

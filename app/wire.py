@@ -5,14 +5,15 @@ shape of every other refusal, and the connection ends.
 """
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import httptools
 from starlette.responses import Response
-from uvicorn._types import ASGI3Application, ASGIReceiveCallable, ASGISendCallable, Scope
+from uvicorn._types import ASGI3Application, ASGIReceiveCallable, ASGISendCallable, ASGISendEvent, Scope
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from app.errors import HeadTooLarge, MalformedRequest, NotReady, RequestTimeout, ServiceError
@@ -20,8 +21,9 @@ from app.errors import HeadTooLarge, MalformedRequest, NotReady, RequestTimeout,
 _HEAD_BYTES = 2**16  # of a request line and headers, with the trailers of its body
 _HEADERS = 100
 _PIPELINED = 16  # requests that may wait on a connection for the answer to the one before
-_LINGER_SECONDS = 2.0  # for a client to read a refusal before its connection is cut,
-_LINGER_BYTES = 2**20  # and what it may send meanwhile
+_QUEUED_BYTES = 2**16  # of such requests; past them reading pauses, and with it the look-out for a client that hangs up
+_LINGER_SECONDS = 5.0  # for a client to read its last answer before its connection is cut,
+_LINGER_BYTES = 64 * 2**20  # and what it may send meanwhile: the rest of a refused body
 _ABOVE_LIMIT_SECONDS = 2.0  # for a client above the limit of connections to ask
 ABOVE_LIMIT = 64  # connections that are heard above the limit: probes are answered, others told so; more are cut without a word
 
@@ -33,7 +35,7 @@ Reading = Literal["nothing", "head", "body"]
 
 Wait = Literal["start", "head", "body", "next", "leave", "linger"]
 """What a connection waits for while no answer is being made: the first byte, the end of a head, the end of a body whose request
-was answered before it, another request, the client to take its last answer, the client to read a refusal and close."""
+was answered before it, another request, the client to take its last answer, the client to read that and close."""
 
 
 @dataclass
@@ -56,6 +58,15 @@ class Wire:
         return Ours
 
 
+@dataclass(slots=True)
+class _Outlet:
+    """What uvicorn has for a transport where it answers a request: the connection's, but for the way that it closes."""
+
+    write: Callable[[bytes], None]
+    is_closing: Callable[[], bool]
+    close: Callable[[], None]
+
+
 class Connection(HttpToolsProtocol):
     """One connection. At any time at most one timer runs for what its client owes."""
 
@@ -66,6 +77,7 @@ class Connection(HttpToolsProtocol):
         self._reading: Reading = "nothing"
         self._head_bytes = 0  # that the parser has handed over: of a head, and of the trailers after its body
         self._held_bytes = 0  # that it got since it last handed anything over
+        self._queued_bytes = 0  # of the requests that wait for the answer to the one before
         self._discarded = 0
         self._deaf = False  # whatever still comes is thrown away
         self._above_limit = False
@@ -79,6 +91,7 @@ class Connection(HttpToolsProtocol):
     # What the transport calls
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        self._outlet = _Outlet(transport.write, transport.is_closing, self._close)
         above_limit = len(self.connections) - self.wire.above_limit >= self.wire.max_connections
         if above_limit and self.wire.above_limit == ABOVE_LIMIT:
             self._deaf = True
@@ -92,7 +105,7 @@ class Connection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         if self._deaf:
-            self._discarded += len(data)
+            self._discarded += 0 if self._busy else len(data)  # what was accepted is answered, whatever else comes
             if self._discarded > _LINGER_BYTES:
                 self.transport.abort()
             return
@@ -108,11 +121,12 @@ class Connection(HttpToolsProtocol):
             self._hang_up(self._running)
         for timer in filter(None, (self._timer, self._unread)):
             timer.cancel()
+        self._outlet.close = self.transport.close  # else the two would hold each other until a garbage collection
         self.wire.above_limit -= self._above_limit
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._unread = self.loop.call_later(self.wire.body_timeout, self.transport.abort)
+        self._cut_unless_taken(math.inf)
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -150,17 +164,22 @@ class Connection(HttpToolsProtocol):
         if len(self.pipeline) == _PIPELINED:
             self.cycle.keep_alive = False  # its answer says that what came after it was not read
             self._deaf = True
-            raise MalformedRequest("too many requests are pipelined")
+            raise MalformedRequest("")  # ends the parsing, and is never sent
         if self._above_limit and httptools.parse_url(self.url).path.decode() not in self.wire.probes:
             limit = self.wire.max_connections
             raise NotReady(f"{limit} connections are open, which is the limit; try again later", retry_after=1)
         super().on_headers_complete()
         self._reading = "body"
         self.cycle.keep_alive &= not self._above_limit
+        self.cycle.transport = cast(asyncio.Transport, self._outlet)
+        if self.cycle is not self._running:
+            self._queue(self._head_bytes)
 
     def on_body(self, body: bytes) -> None:
         self._held_bytes = 0
         super().on_body(body)
+        if self.cycle is not self._running:
+            self._queue(len(body))
 
     def on_message_complete(self) -> None:
         if not self.parser.should_upgrade():  # else its body is still to come: see _stay
@@ -169,6 +188,14 @@ class Connection(HttpToolsProtocol):
             super().on_message_complete()
             if self.cycle is self._running:
                 self.flow.resume_reading()  # a large body may have paused it, and the end of the connection is to be seen
+
+    def _queue(self, size: int) -> None:
+        """Hold a part of a request that waits. uvicorn pauses reading for it, and would not see that the client hangs up."""
+        self._queued_bytes += size
+        if self._queued_bytes <= _QUEUED_BYTES:
+            self.flow.resume_reading()
+        else:
+            self.flow.pause_reading()
 
     def _grow(self, size: int) -> None:
         self._held_bytes = 0
@@ -203,6 +230,8 @@ class Connection(HttpToolsProtocol):
 
         async def answer(scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
             self._work = asyncio.current_task()
+            if cycle.scope["http_version"] == "1.0":
+                send = _unchunked(send, cycle)
             try:
                 await app(scope, receive, send)
             except asyncio.CancelledError:
@@ -217,6 +246,7 @@ class Connection(HttpToolsProtocol):
             self.flow.resume_reading()
             if self.pipeline:
                 self._start_asgi_task(*self.pipeline.pop())
+                self._queued_bytes *= bool(self.pipeline)
             elif self._refusal is not None:
                 self._say(self._refusal)
         self._watch()
@@ -231,7 +261,23 @@ class Connection(HttpToolsProtocol):
         if self._running is not None:
             self._running.keep_alive = False
 
+    def shutdown(self) -> None:
+        if self._wait != "linger":  # else it ends soon, and closing it would keep its last answer from the client
+            super().shutdown()
+
     # What ends a connection
+
+    def _close(self) -> None:
+        """The last answer is made, or broke off. A client that still sends closes: closing on what it sends would reset the
+        connection, and it would never see the answer."""
+        if self._busy or not (self._deaf or self._reading != "nothing"):
+            self.transport.close()
+            return
+        self._deaf = True
+        self.pipeline.clear()
+        self._refusal = None
+        self.flow.resume_reading()
+        self.transport.write_eof()
 
     def _hang_up(self, cycle: RequestResponseCycle) -> None:
         """Cancel the work of a request whose client is gone; where it has not begun, what it receives tells it so."""
@@ -267,24 +313,40 @@ class Connection(HttpToolsProtocol):
         self._wait = wait
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = self.loop.call_later(self._patience(wait), self._on_late) if wait else None
+        self._timer = None
+        if wait:
+            left = self.transport.get_write_buffer_size()
+            self._timer = self.loop.call_later(self._patience(wait), self._on_late, left)
 
     def _patience(self, wait: Wait) -> float:
         if wait in ("start", "head"):
             return min(self.wire.header_timeout, _ABOVE_LIMIT_SECONDS) if self._above_limit else self.wire.header_timeout
         if wait == "next":
             return self.timeout_keep_alive
-        return _LINGER_SECONDS if wait == "linger" else self.wire.body_timeout
+        if wait == "linger":
+            return _ABOVE_LIMIT_SECONDS if self._above_limit else _LINGER_SECONDS
+        return self.wire.body_timeout
 
-    def _on_late(self) -> None:
+    def _cut_unless_taken(self, left: float) -> None:
+        """Cut off a client that has taken nothing since so many bytes were left; look again later where it has."""
+        size = self.transport.get_write_buffer_size()
+        if size < left:
+            self._unread = self.loop.call_later(self.wire.body_timeout, self._cut_unless_taken, size)
+        else:
+            self.transport.abort()
+
+    def _on_late(self, left: int) -> None:
+        size = self.transport.get_write_buffer_size()
         if self._wait == "head":
             seconds = self._patience("head")
             self._refuse(RequestTimeout(f"the head of the request was not complete after {seconds:g} s; send it at once"))
             self._watch()
-        elif self.transport.get_write_buffer_size():  # it would be closed only when the client has taken it all
-            self.transport.abort()
-        else:
+        elif not size:
             self.transport.close()
+        elif self._wait and size < left:  # it takes its answer, slowly
+            self._timer = self.loop.call_later(self._patience(self._wait), self._on_late, size)
+        else:  # it would be closed only when the client has taken it all
+            self.transport.abort()
 
     def _refuse(self, error: ServiceError) -> None:
         """End the connection with a refusal, after the answers to the requests before the one that is refused."""
@@ -309,6 +371,23 @@ class Connection(HttpToolsProtocol):
         lines = (b"%b: %b\r\n" % header for header in headers)
         self.transport.write(b"".join((STATUS_LINE[response.status_code], *lines, b"\r\n", response.body)))
         self.transport.write_eof()
+
+
+def _unchunked(send: ASGISendCallable, cycle: RequestResponseCycle) -> ASGISendCallable:
+    """A `send` for HTTP/1.0, which knows no chunks: a body without a length ends with the connection."""
+
+    measured = True
+
+    async def send_unchunked(message: ASGISendEvent) -> None:
+        nonlocal measured
+        if message["type"] == "http.response.start":
+            measured = any(name == b"content-length" for name, _ in message.get("headers", ()))
+            cycle.chunked_encoding = None if measured else False
+        elif message["type"] == "http.response.body" and not measured:
+            cycle.expected_content_length = len(message.get("body", b""))  # uvicorn compares the two
+        await send(message)
+
+    return send_unchunked
 
 
 def _new_parser(connection: Connection) -> httptools.HttpRequestParser:

@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 
 from app import frames
-from app.engine import HIDDEN, SPARSE
-from app.frames import Frame
+from app.frames import HIDDEN, SPARSE, Frame
 from app.lifeline import end_with_parent
 from app.memory import pass_over_what_stays
 from model.config import transformer_folder, weight_files

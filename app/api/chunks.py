@@ -7,7 +7,7 @@ from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr
 
 from app import chunking
 from app.api.answers import answer, headers_of, in_places, with_details
-from app.api.fields import Finished, PerTextQuery, examples
+from app.api.fields import Finished, Many, PerTextQuery, examples
 from app.api.json_route import JsonRoute, ServiceOf
 from app.api.responses import ANSWERED, ANYWHERE, ENCODED, READ, ErrorBody, TextDetail, errors
 from app.chunking import Chunk, Chunking
@@ -21,7 +21,7 @@ class EmbedChunksRequest(Finished):
         {"inputs": ["a b c d e f"], "chunk_tokens": 2, "overlap_tokens": 1, "late": True},
     )
 
-    inputs: StrictStr | list[StrictStr]
+    inputs: StrictStr | Many[StrictStr]
     chunk_tokens: StrictInt = Field(description="the most tokens of a chunk, special ones not counted")
     overlap_tokens: StrictInt | None = Field(
         None, description="the most tokens that a chunk shares with the one before; default 0"

@@ -8,7 +8,7 @@ from pydantic import BaseModel, Discriminator, Field, StrictStr, Tag
 from typing_extensions import TypedDict
 
 from app.api.answers import error_body, in_places, json_answer, vllm_list
-from app.api.fields import Inputs, Overflow, PerText, PerTextQuery, as_list, examples
+from app.api.fields import PROMPT_NAME, Inputs, Many, Overflow, PerText, PerTextQuery, Raw, as_list, examples
 from app.api.json_route import JsonRoute, ServiceOf
 from app.api.responses import ANSWERED, ANYWHERE, CUT, ENCODED, READ, ErrorBody, Responses, TextDetail, Usage, errors
 from app.classification import Classification, Classified, Example
@@ -23,7 +23,7 @@ from model.config import PoolingMode
 
 
 def classification_of(request: Request) -> Classification:
-    """The classifiers that this app was made with."""
+    """The classifiers of the service that answers this request."""
     classification: Classification = request.state.current.classification
     return classification
 
@@ -46,7 +46,7 @@ class Space(Overflow):
     """Which vectors a text is told by; null is the same as absent."""
 
     pooling: PoolingMode | None = Field(None, description="default: the checkpoint's own")
-    prompt_name: StrictStr | None = Field(None, description="a prompt of the checkpoint to put before each text")
+    prompt_name: StrictStr | None = Field(None, description=PROMPT_NAME)
 
 
 class ExampleBody(TypedDict):
@@ -57,7 +57,7 @@ class ExampleBody(TypedDict):
 class FitRequest(Space):
     model_config = examples({"examples": [{"text": "so happy", "label": "good"}, {"text": "how sad", "label": "bad"}]})
 
-    examples: list[ExampleBody] = Field(description="2 to 100,000, of 2 to 1,000 labels")
+    examples: Many[ExampleBody] = Field(description="2 to 100,000, of 2 to 1,000 labels")
     class_weight: Literal["balanced"] | None = Field(None, description="balanced: rare labels weigh as much as frequent ones")
 
 
@@ -66,11 +66,11 @@ class ChoiceRequest(Space):
 
     input: Inputs
     classifier: StrictStr | None = Field(None, description="the name of a classifier that was fitted on examples")
-    labels: list[StrictStr] | None = Field(None, description="names of labels to choose from without examples")
+    labels: Many[StrictStr] | None = Field(None, description="names of labels to choose from without examples")
     template: StrictStr | None = Field(None, description="what stands around a label's name, as {}; default: nothing")
 
 
-class HeadRequest(BaseModel):
+class HeadRequest(Overflow, Raw):
     model_config = examples({"input": ["a good film"]})
 
     input: Inputs
@@ -78,9 +78,12 @@ class HeadRequest(BaseModel):
 
 ClassifyRequest = Annotated[
     Annotated[ChoiceRequest, Tag("of a choice")] | Annotated[HeadRequest, Tag("of a head")],
-    Discriminator(lambda body: "of a choice" if isinstance(body, dict) and _CHOICE.intersection(body) else "of a head"),
+    Discriminator(lambda body: "of a choice" if isinstance(body, dict) and _names_a_choice(body) else "of a head"),
 ]
-_CHOICE = {"classifier", "labels", "template"}
+
+
+def _names_a_choice(body: Mapping[str, Any]) -> bool:
+    return any(body.get(name) is not None for name in ("classifier", "labels", "template"))
 
 
 class Class(BaseModel):
@@ -141,7 +144,7 @@ async def classify(
     """The probability of each label: by a fitted classifier, by the labels' names, or by the head of the checkpoint."""
     inputs = as_list(request.input)
     if isinstance(request, HeadRequest):
-        found = await _by_head(inputs, service, query)
+        found = await _by_head(inputs, request, service, query)
     else:
         found = await _by_choice(inputs, request, classification, query)
     errors = found.stats.errors
@@ -150,10 +153,11 @@ async def classify(
     return json_answer(service, {**body, "labels": found.labels}, found.stats)
 
 
-async def _by_head(inputs: Sequence[Input], service: Service, query: PerText) -> Classified:
+async def _by_head(inputs: Sequence[Input], request: HeadRequest, service: Service, query: PerText) -> Classified:
     if service.config.kind == "embedder":
         raise InvalidInput(_WAYS)
-    return Classified(service.config.labels, *await predict(service, inputs, Scoring(partial=query.partial)))
+    how = Scoring(request.habit, partial=query.partial, raw=request.raw)
+    return Classified(service.config.labels, *await predict(service, inputs, how))
 
 
 async def _by_choice(

@@ -21,8 +21,13 @@ rerankers = APIRouter(tags=["rerank"], responses=ANSWERED | errors(ErrorBody, AN
 
 RerankRequest = Annotated[
     Annotated[tei_bodies.RerankRequest, Tag("of TEI")] | Annotated[rerank.DocumentsRequest, Tag("of Cohere")],
-    Discriminator(lambda body: "of Cohere" if isinstance(body, dict) and "documents" in body else "of TEI"),
+    Discriminator(lambda body: "of Cohere" if isinstance(body, dict) and _has_documents(body) else "of TEI"),
 ]
+
+
+def _has_documents(body: dict[str, Any]) -> bool:
+    """Whether a body speaks of documents, as Cohere's clients do, and not of texts."""
+    return body.get("documents") is not None
 
 
 class _OneOf:
@@ -43,6 +48,7 @@ Body = Annotated[
         | tei_bodies.EmbedSparseRequest
         | tei_bodies.PredictRequest
         | tei_bodies.RerankRequest
+        | rerank.DocumentsRequest
     ),
     Field(examples=[{"inputs": ["hello"]}]),
 ]
@@ -57,6 +63,7 @@ Answer = (
     | tei_bodies.Predictions
     | tei_bodies.PredictionsWithDetails
     | Ranked
+    | rerank.Results
 )
 
 
@@ -96,6 +103,8 @@ async def invocations(request: Body, service: ServiceOf, query: PerTextQuery, ac
             return await tei.embed_sparse(read, service, query)
         case tei_bodies.RerankRequest():
             return await tei.rerank(read, service, query)
+        case rerank.DocumentsRequest():
+            return await rerank.rerank(read, service, query, "1")
         case tei_bodies.PredictRequest():
             return await tei.predict(read, service, query)
     raise AssertionError(wanted)
@@ -107,4 +116,6 @@ def _wanted(kind: Kind, body: Body) -> type[BaseModel]:
         return tei_bodies.EmbedSparseRequest
     if kind == "embedder":
         return tei_bodies.SimilarityRequest if isinstance(body.get("inputs"), dict) else tei_bodies.EmbedRequest
-    return tei_bodies.RerankRequest if kind == "reranker" and "query" in body else tei_bodies.PredictRequest
+    if kind == "reranker" and "query" in body:
+        return rerank.DocumentsRequest if _has_documents(body) else tei_bodies.RerankRequest
+    return tei_bodies.PredictRequest

@@ -1,7 +1,7 @@
 """What clients send to the routes that encode texts, in every dialect that has no words of its own for it."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import Query
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, StrictStr
@@ -11,10 +11,17 @@ from app.settings import OnOverflow
 from model.config import PoolingMode
 from model.vectors import OutputDtype
 
-Ids = list[StrictInt]
-Inputs = Annotated[StrictStr | Ids | list[StrictStr | Ids], Field(union_mode="left_to_right")]
+T = TypeVar("T")
+
+Many = Annotated[list[T], Field(fail_fast=True)]
+"""A list whose first bad item is named and no other: to find a million would hold up everybody else for seconds."""
+
+Ids = Many[StrictInt]
+Inputs = Annotated[StrictStr | Ids | Many[StrictStr | Ids], Field(union_mode="left_to_right")]
 Side = Annotated[Literal["left", "right"], BeforeValidator(lambda side: side.lower() if isinstance(side, str) else side)]
 
+
+PROMPT_NAME = "a prompt of the checkpoint to put before each text; an empty name puts none"
 
 HABITS: Mapping[bool | None, OnOverflow] = {True: "truncate", False: "error"}
 """What TEI's `truncate` says; null leaves it to the server."""
@@ -48,11 +55,22 @@ class Overflow(BaseModel):
         return self.on_overflow or HABITS.get(self.truncate)
 
 
+class Raw(BaseModel):
+    """Whether scores are what the classifier gives; null is the same as absent."""
+
+    raw_scores: StrictBool | None = Field(None, description="true: what the classifier gives, without sigmoid or softmax")
+    use_activation: StrictBool | None = Field(None, description="vLLM's word: false is raw_scores true")
+
+    @property
+    def raw(self) -> bool:
+        return bool(self.raw_scores) or self.use_activation is False
+
+
 class Common(Overflow):
     """Options of every route that encodes texts; null is the same as absent."""
 
     truncation_direction: Side | None = Field(None, description="the side on which a long text is cut")
-    prompt_name: StrictStr | None = Field(None, description="a prompt of the checkpoint to put before each text")
+    prompt_name: StrictStr | None = Field(None, description=PROMPT_NAME)
 
     def encoding(self, query: PerText) -> dict[str, Any]:
         """The fields of an `Encoding`."""

@@ -54,7 +54,7 @@ class DirectRoutes:
         self._refuse = refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        found = self._routes.get(path_of(scope)) if scope["type"] == "http" and scope["method"] == "POST" else None
+        found = self._routes.get(path_of(scope)) if scope["method"] == "POST" else None
         if found is None:
             await self._app(scope, receive, send)
             return

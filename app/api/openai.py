@@ -17,12 +17,12 @@ from app.api.answers import (
     number_list,
     usage_of,
 )
-from app.api.fields import Inputs, Output, PerTextQuery, as_list, examples
+from app.api.fields import PROMPT_NAME, Inputs, Output, Overflow, PerTextQuery, as_list, examples
 from app.api.json_route import JsonRoute, ServiceOf
 from app.api.responses import ANYWHERE, BINARY, TextDetail, Usage, errors
 from app.embedding import Embedding, embed
 from app.errors import InvalidInput, NotFound, ServiceError
-from app.inputs import Input
+from app.inputs import NO_PROMPT, Input
 from app.render import json_bytes, json_list
 from app.service import Service
 from model.vectors import Array
@@ -56,7 +56,7 @@ _ERRORS = errors(
 )
 
 
-class EmbeddingRequest(Output):
+class EmbeddingRequest(Overflow, Output):
     model_config = examples(
         {"input": ["hello", "world"], "encoding_format": "float"},
         {"input": "hello", "encoding_format": "base64", "dimensions": 16},
@@ -65,8 +65,10 @@ class EmbeddingRequest(Output):
     input: Inputs
     model: StrictStr | None = Field(None, description="of no effect: one model is served, and answers name it")
     dimensions: StrictInt | None = Field(None, description="keep this many numbers, then normalise; 0 is the same as null")
-    prompt_name: StrictStr | None = Field(None, description="a prompt of the checkpoint to put before each text")
-    input_type: StrictStr | None = Field(None, description="query or document: the checkpoint's prompt for it, if it has one")
+    prompt_name: StrictStr | None = Field(None, description=PROMPT_NAME)
+    input_type: StrictStr | None = Field(
+        None, description="query or document: the checkpoint's prompt for it, or none where it has none; prompt_name wins"
+    )
 
 
 class EmbeddingItem(BaseModel):
@@ -117,7 +119,8 @@ async def embeddings(request: EmbeddingRequest, service: ServiceOf, query: PerTe
     inputs = as_list(request.input)
     _check_ids(inputs, service)
     options = Embedding(
-        prompt_name=request.prompt_name or _prompt_for(request.input_type, service.config.prompts),
+        on_overflow=request.habit,
+        prompt_name=_prompt_for(request, service.config.prompts),
         dimensions=request.dimensions or None,
         output_dtype=request.dtype,
         partial=query.partial,
@@ -163,9 +166,14 @@ def _check_ids(inputs: Sequence[Input], service: Service) -> None:
             )
 
 
-def _prompt_for(input_type: str | None, prompts: Mapping[str, str]) -> str | None:
-    kinds = [names for kind, names in _PROMPTS.items() if input_type is not None and input_type in (kind, *names)]
-    return next((name for names in kinds for name in names if name in prompts), None)
+def _prompt_for(request: EmbeddingRequest, prompts: Mapping[str, str]) -> str | None:
+    """The prompt of that name, or the one for that type of text; without one for it, such a text gets none: the checkpoint's
+    default may be that of the other type."""
+    wanted = (request.input_type or "").lower()
+    names = next((names for kind, names in _PROMPTS.items() if wanted in (kind, *names)), None)
+    if request.prompt_name is not None or names is None:
+        return request.prompt_name
+    return next((name for name in (wanted, *names) if name in prompts), NO_PROMPT)
 
 
 def _items(vectors: Array, encoding_format: str | None) -> Iterator[dict[str, Any]]:

@@ -16,14 +16,18 @@ _PUBLIC: Responses = {status: refused for status, refused in _GUARDED.items() if
 _DOWN = _PUBLIC | errors(ErrorBody, [503], changed={503: "not able to answer"})
 
 
+@router.head("/ping", include_in_schema=False)
+@router.head("/health", include_in_schema=False)
+@router.get("/ping", response_class=Response, responses=_DOWN)
 @router.get("/health", response_class=Response, responses=_DOWN)
 async def health(service: ServiceOf) -> Response:
-    """200 as long as the process can recover by itself; 503 when only a restart helps."""
+    """200 as long as the process can recover by itself; 503 when only a restart helps. SageMaker asks /ping."""
     if service.scheduler.failed:
         raise NotReady("the engine died and does not start again; restart the server")
     return Response()
 
 
+@router.head("/ready", include_in_schema=False)
 @router.get("/ready", response_class=Response, responses=_DOWN)
 async def ready(service: ServiceOf) -> Response:
     """200 while requests are answered; 503 while the engine starts again or the server stops."""

@@ -5,14 +5,14 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Response
-from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
 from app import scoring
 from app.api.answers import best_first, detail_field, failed_last, json_answer, usage_of
-from app.api.fields import PerText, PerTextQuery, examples
+from app.api.fields import Many, Overflow, PerText, PerTextQuery, Raw, examples
 from app.api.json_route import JsonRoute, ServiceOf
 from app.api.responses import ANSWERED, ANYWHERE, ENCODED, READ, TextDetail, Usage, errors
-from app.errors import ServiceError
+from app.errors import InvalidInput, ServiceError
 from app.scoring import Scoring
 from app.service import Service
 
@@ -39,16 +39,21 @@ Positive = Annotated[StrictInt, Field(ge=1)]
 
 
 class Document(BaseModel):
+    """A document with whatever the client keeps beside its text, which comes back as it was."""
+
+    model_config = ConfigDict(extra="allow")
+
     text: StrictStr
 
 
-class DocumentsRequest(BaseModel):
+class DocumentsRequest(Overflow, Raw):
     model_config = examples({"query": "a fruit", "documents": ["apple", {"text": "car"}], "top_n": 2, "return_documents": True})
 
     query: StrictStr
-    documents: list[StrictStr | Document]
+    documents: Many[StrictStr | Document]
     top_n: Positive | None = Field(None, description="how many of the best to answer; default: all")
     return_documents: StrictBool | None = Field(None, description="answer each document with its score; default false")
+    rank_fields: list[StrictStr] | None = Field(None, description='["text"] or nothing: only the text of a document is ranked')
     max_tokens_per_doc: Positive | None = Field(None, description="cut each document to so many tokens")
     model: StrictStr | None = Field(None, description="of no effect: one model is served, and answers name it")
 
@@ -100,11 +105,13 @@ async def rerank_v2(request: DocumentsRequest, service: ServiceOf, query: PerTex
 
 
 async def rerank(request: DocumentsRequest, service: Service, query: PerText, version: str) -> Response:
+    if request.rank_fields not in (None, ["text"]):
+        raise InvalidInput('rank_fields names other fields than "text", which alone is ranked; put what is to count into it')
     texts = [item if isinstance(item, str) else item.text for item in request.documents]
-    how = Scoring(partial=query.partial, max_second=request.max_tokens_per_doc)
+    how = Scoring(request.habit, partial=query.partial, max_second=request.max_tokens_per_doc, raw=request.raw)
     scores, stats = await scoring.rerank(service, request.query, texts, how)
     best = best_first(scores, stats.errors)[: request.top_n]
-    results = [_result(place, scores[place], texts if request.return_documents else None) for place in best]
+    results = [_result(place, scores[place], request.documents if request.return_documents else None) for place in best]
     answer = {
         "id": str(uuid.uuid4()),
         "results": failed_last(results, stats.errors, _unranked),
@@ -116,9 +123,12 @@ async def rerank(request: DocumentsRequest, service: Service, query: PerText, ve
     return json_answer(service, answer, stats)
 
 
-def _result(place: int, score: Any, texts: Sequence[str] | None) -> dict[str, Any]:
-    document = {} if texts is None else {"document": {"text": texts[place]}}
-    return {"index": place, "relevance_score": score, **document}
+def _result(place: int, score: Any, documents: Sequence[str | Document] | None) -> dict[str, Any]:
+    result = {"index": place, "relevance_score": score}
+    if documents is None:
+        return result
+    document = documents[place]
+    return {**result, "document": {"text": document} if isinstance(document, str) else document.model_dump()}
 
 
 def _unranked(place: int, error: ServiceError) -> dict[str, Any]:

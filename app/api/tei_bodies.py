@@ -2,7 +2,7 @@
 
 from pydantic import BaseModel, Field, StrictBool, StrictStr
 
-from app.api.fields import HABITS, Common, Finished, Ids, Inputs, Output, PerText, Pooled, Side, examples
+from app.api.fields import Common, Finished, Ids, Inputs, Many, Output, Overflow, PerText, Pooled, Raw, Side, examples
 from app.api.responses import ErrorBody, TextDetail
 from app.scoring import Scoring
 from model.vectors import Metric
@@ -28,12 +28,12 @@ class EmbedAllRequest(Common, Output):
 
 class OneToMany(BaseModel):
     source_sentence: StrictStr
-    sentences: list[StrictStr]
+    sentences: Many[StrictStr]
 
 
 class ManyToMany(BaseModel):
-    a: list[StrictStr]
-    b: list[StrictStr]
+    a: Many[StrictStr]
+    b: Many[StrictStr]
 
 
 class SimilarityParameters(Pooled):
@@ -72,22 +72,20 @@ class SparseEmbeddings(BaseModel):
     details: list[TextDetail]
 
 
-class Scored(BaseModel):
+class Scored(Overflow, Raw):
     """Options of routes that score texts."""
 
-    truncate: StrictBool | None = Field(None, description="false refuses a text or pair that is too long; default: cut it")
     truncation_direction: Side | None = Field(None, description="the side on which a long text is cut")
-    raw_scores: StrictBool | None = Field(None, description="true: what the classifier gives, without sigmoid or softmax")
 
     def scoring(self, query: PerText) -> Scoring:
-        side, habit = self.truncation_direction or "right", HABITS.get(self.truncate)
-        return Scoring(on_overflow=habit, side=side, partial=query.partial, raw=bool(self.raw_scores))
+        side = self.truncation_direction or "right"
+        return Scoring(on_overflow=self.habit, side=side, partial=query.partial, raw=self.raw)
 
 
 class PredictRequest(Scored):
     model_config = examples({"inputs": [["a good film"], ["a premise", "a hypothesis"]]}, {"inputs": "a good film"})
 
-    inputs: StrictStr | list[StrictStr] | list[list[StrictStr]] = Field(
+    inputs: StrictStr | Many[StrictStr] | Many[Many[StrictStr]] = Field(
         description="a text, a list of one text, a list of two: one pair, or a list of such lists"
     )
 
@@ -111,7 +109,7 @@ class RerankRequest(Scored):
     model_config = examples({"query": "a fruit", "texts": ["apple", "car"], "return_text": True})
 
     query: StrictStr
-    texts: list[StrictStr]
+    texts: Many[StrictStr]
     return_text: StrictBool | None = None
 
 
@@ -137,7 +135,7 @@ class Ranks(BaseModel):
 class TokenizeRequest(BaseModel):
     model_config = examples({"inputs": "hello world"})
 
-    inputs: StrictStr | list[StrictStr]
+    inputs: StrictStr | Many[StrictStr]
     add_special_tokens: StrictBool | None = None
     prompt_name: StrictStr | None = None
 
@@ -145,7 +143,7 @@ class TokenizeRequest(BaseModel):
 class DecodeRequest(BaseModel):
     model_config = examples({"ids": [5, 6]}, {"ids": [[5], [6]]})
 
-    ids: Ids | list[Ids]
+    ids: Ids | Many[Ids]
     skip_special_tokens: StrictBool | None = None
 
 

@@ -5,11 +5,11 @@ from http import HTTPStatus
 from typing import Any, Literal
 
 from fastapi import APIRouter, Response
-from pydantic import BaseModel, Field, StrictStr
+from pydantic import AliasChoices, BaseModel, Field, StrictStr
 
 from app import scoring
 from app.api.answers import in_places, json_answer, vllm_list
-from app.api.fields import PerTextQuery, examples
+from app.api.fields import PROMPT_NAME, Many, Overflow, PerTextQuery, Raw, examples
 from app.api.json_route import JsonRoute, ServiceOf
 from app.api.responses import ANSWERED, ANYWHERE, ENCODED, TextDetail, Usage, errors
 from app.errors import ServiceError
@@ -43,11 +43,16 @@ router = APIRouter(
 )
 
 
-class ScoreRequest(BaseModel):
+class ScoreRequest(Overflow, Raw):
     model_config = examples({"text_1": "a fruit", "text_2": ["apple", "car"]})
 
-    text_1: StrictStr | list[StrictStr]
-    text_2: StrictStr | list[StrictStr]
+    text_1: StrictStr | Many[StrictStr] = Field(
+        validation_alias=AliasChoices("text_1", "queries", "data_1"), description="also as queries or data_1"
+    )
+    text_2: StrictStr | Many[StrictStr] = Field(
+        validation_alias=AliasChoices("text_2", "documents", "items", "data_2"), description="also as documents, items or data_2"
+    )
+    prompt_name: StrictStr | None = Field(None, description=f"with an embedder, {PROMPT_NAME}")
 
 
 class Score(BaseModel):
@@ -78,7 +83,8 @@ class Scores(BaseModel):
 async def score(request: ScoreRequest, service: ServiceOf, query: PerTextQuery) -> Response:
     """How well texts go together, one with one, one with many, or pair by pair; with an embedder, their cosine."""
     a, b = ([texts] if isinstance(texts, str) else texts for texts in (request.text_1, request.text_2))
-    scores, errors, stats = await scoring.score(service, a, b, Scoring(partial=query.partial))
+    how = Scoring(on_overflow=request.habit, prompt_name=request.prompt_name, partial=query.partial, raw=request.raw)
+    scores, errors, stats = await scoring.score(service, a, b, how)
     data = ({"index": place, "object": "score", "score": score} for place, score in enumerate(scores))
     return json_answer(service, vllm_list("score", in_places(data, errors, _unscored), service, stats, query), stats)
 

@@ -31,7 +31,8 @@ async def engine() -> AsyncIterator[Engine]:
 @pytest.fixture(scope="session")
 def server() -> Iterator[RunningServer]:
     """The default model behind HTTP, shared by every test that leaves it as it was."""
-    with running_server(max_body_bytes=200_000, max_client_batch_size=3000, max_queue_tokens=500_000) as server:
+    limits = {"max_body_bytes": 200_000, "max_client_batch_size": 3000, "max_queue_tokens": 500_000}
+    with running_server(device="cpu", **limits) as server:
         yield server
 
 

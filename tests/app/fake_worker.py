@@ -9,11 +9,12 @@ import time
 import numpy as np
 
 from app import frames
-from app.engine import HIDDEN
+from app.frames import HIDDEN
 
 DEVICES = 3
 CRASH, NOT_A_NUMBER, FAIL, HOLD = 900, 901, 902, 903  # HOLD never says that it comes to its end
 HANG, SLOW = 904, 905  # without a word, for ever; with signs of life, for longer than a keeper waits for one
+RUBBISH = 906  # an answer without an array
 
 SIGNS = 10  # of life that a SLOW batch gives, one each 50 ms
 
@@ -26,7 +27,11 @@ def main() -> None:
         return
     if "vanish" in sys.argv:
         sys.exit(3)
-    facts = {"device": "cpu", "devices": DEVICES, "dtype": "float32", "kernel": "fake", "threads": 1, "poolings": ["mean", "cls"]}
+    found = {"device": "cuda:0", "dtype": "float32"}
+    if "no-gpu" in sys.argv:
+        found = {"device": "cpu", "dtype": "bfloat16"}
+    asked = {name: order.head[name] for name in found if order.head[name] != "auto"}
+    facts = {**found, **asked, "devices": DEVICES, "kernel": "fake", "threads": 1, "poolings": ["mean", "cls"]}
     facts["lanes"] = 2 if "two-lanes" in sys.argv else 1
     if "changing" in sys.argv:  # as though the checkpoint were another one each time
         facts["files"] = os.getpid()
@@ -42,6 +47,8 @@ def answer(sock: socket.socket, batch: frames.Frame) -> None:
     lengths, ids, _ = batch.arrays
     if CRASH in ids:
         os._exit(1)
+    if RUBBISH in ids:
+        frames.send(sock, {"number": number, "task": task})
     if FAIL in ids:
         frames.send(sock, {"number": number, "error": "RuntimeError"})
         return

@@ -81,6 +81,17 @@ def running_server(exit_code: int = 0, stderr: int | None = None, **settings: ob
     assert code == exit_code
 
 
+@contextmanager
+def held(server: RunningServer) -> Iterator[None]:
+    """The engine stands still until the block ends: whatever the machine, what waits for it waits."""
+    (engine,) = server.children()
+    os.kill(engine, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(engine, signal.SIGCONT)
+
+
 def serving_nothing() -> SimpleNamespace:
     """In the place of a Serving: whatever asks for its service meets a defect."""
     current = SimpleNamespace(entered=nullcontext)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -145,6 +146,32 @@ def test_a_broken_file_is_refused_by_name_and_can_be_replaced(tmp_path, store, c
     assert store.names() == ["bad", "good"]
     store.save("bad", classifier(3))
     assert value_of(store.find("bad")) == 3
+
+
+@pytest.mark.parametrize("call", ["stat", "read_bytes"])
+def test_a_file_that_cannot_be_read_for_a_moment_is_found_afterwards(tmp_path, store, monkeypatch, call):
+    store.save("a", classifier())
+
+    def refuse(path, **options):
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, call, refuse)
+        with pytest.raises(Conflict, match=r"can't be read \(Too many open files\)"):
+            store.find("a")
+    assert value_of(store.find("a")) == 1
+
+
+def test_a_file_that_is_deleted_before_it_is_read_is_not_there(store, monkeypatch):
+    store.save("a", classifier())
+
+    def delete_and_read(path):
+        path.unlink()
+        return path.open("rb").read()
+
+    monkeypatch.setattr(Path, "read_bytes", delete_and_read)
+    with pytest.raises(NotFound, match="not known"):
+        store.find("a")
 
 
 def test_a_folder_that_cannot_be_written_is_refused_and_loses_nothing(tmp_path, store, monkeypatch):

@@ -1,5 +1,6 @@
 """Classifiers over HTTP: fitted on examples, or from the names of labels alone."""
 
+import asyncio
 import csv
 import json
 import os
@@ -10,24 +11,31 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from servers import run_bertd, running_server
+from raw_http import read, request
+from servers import held, run_bertd, running_server, until
 from sklearn.linear_model import LogisticRegression
 from test_refusals import content_of
+from test_scheduler import turns
 
 from app.bulk import embed_many
+from app.classification import Classification, Example
+from app.classifiers import Classifier
 from app.embedding import Embedding
 from app.errors import Overloaded
 from app.metrics import Metrics
 from app.scheduler import Answer
-from app.service import Service
+from app.service import Service, Space
 from app.settings import Settings
 from model.config import BertConfig, ModelConfig
-from model.finetune import _INVERSE_PENALTY
+from model.finetune import _INVERSE_PENALTY, Fitted, Head
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -178,7 +186,7 @@ def test_a_long_text_is_read_in_a_fit_as_in_a_question(make_checkpoint, tmp_path
         assert abs(other - wanted).max() > 1e-3
         refused = server.client.put("/classifiers/habit", json={"examples": examples[:2], "on_overflow": "error"})
         is_refused(refused, 422, "examples[0].text: the text has")
-        is_refused(server.post("/classify", input=LONG_TEXTS, classifier="habit", truncate=False), 422, "inputs[0] has")
+        is_refused(server.post("/classify", input=LONG_TEXTS, classifier="habit", truncate=False), 422, "text 0 has")
 
 
 def test_an_example_that_no_question_may_have_is_refused(make_checkpoint, tmp_path):
@@ -352,7 +360,8 @@ def test_a_path_that_leads_elsewhere_leads_nowhere(make_checkpoint_server, name,
 def make_checkpoint_server(make_checkpoint, tmp_path_factory):
     """A small server that leaves texts little room and time, and its folder of data."""
     data = tmp_path_factory.mktemp("around") / "data"
-    with running_server(model=make_checkpoint(), data_dir=data, max_queue_tokens=60, request_timeout=0.5) as server:
+    limits = {"max_queue_tokens": 60, "request_timeout": 0.5, "engine_timeout": 60}
+    with running_server(model=make_checkpoint(), data_dir=data, **limits) as server:
         yield server, data
 
 
@@ -373,14 +382,20 @@ def test_a_fit_outlives_the_deadline_and_waits_for_room_in_a_full_queue(make_che
         while not stop.is_set():
             statuses.add(server.post("/embed", inputs=["abc def"] * 5).status_code)
 
-    with ThreadPoolExecutor(2) as pool:
-        futures = [pool.submit(others) for _ in range(2)]
+    fit = request("/classifiers/patient", json.dumps({"examples": words(0, 20, 2)}).encode(), "PUT", "Connection: close\r\n")
+    with ThreadPoolExecutor(2) as pool, socket.create_connection(server.address, timeout=60) as connection:
         try:
-            body = put(server, "patient", words(0, 20, 2))
+            with held(server):
+                connection.sendall(fit)
+                futures = [pool.submit(others) for _ in range(2)]
+                until(lambda: 504 in statuses)  # of a request that came after the fit: the deadline of both is over
+            (answer,) = read(connection)
         finally:
             stop.set()
         for future in futures:
             future.result()
+    assert answer.status == 200, answer.body
+    body = json.loads(answer.body)
     assert body["seconds"] > 0.5
     assert sum(body["counts"].values()) == 20
     assert 200 in statuses
@@ -533,6 +548,61 @@ def test_a_fit_does_not_hold_up_a_server_that_stops(make_checkpoint, tmp_path):
         connection.close()
     assert not os.path.exists(f"/proc/{fit}")
     assert not list(tmp_path.rglob("*.*"))
+
+
+@dataclass
+class SlowDisk:
+    """In the place of `Store.save`: the first file stays in the making until it may go on."""
+
+    save: Callable[[str, Classifier], None]
+    begun: threading.Event = field(default_factory=threading.Event)
+    go_on: threading.Event = field(default_factory=threading.Event)
+
+    def __call__(self, name, classifier):
+        if not self.begun.is_set():
+            self.begun.set()
+            assert self.go_on.wait(30)
+        self.save(name, classifier)
+
+
+@pytest.fixture
+def fits(tmp_path, monkeypatch):
+    """Classifiers without an encoder, on a slow disk."""
+    head = Head(np.zeros((2, 4), dtype=np.float32), np.zeros(2, dtype=np.float32))
+    monkeypatch.setattr("app.classification.embed_many", lambda *_: asyncio.sleep(0, (np.zeros((2, 4), dtype=np.float32), 0)))
+    monkeypatch.setattr("app.classification.fit_in_process", lambda *_: asyncio.sleep(0, Fitted(head, 0, None)))
+    settings = Settings(data_dir=str(tmp_path))
+    space = Space("ab" * 32, 4, "mean", None, "")
+    fits = Classification(SimpleNamespace(settings=settings, closing=asyncio.Event(), space=lambda *_: space))
+    monkeypatch.setattr(fits.store, "save", SlowDisk(fits.store.save))
+    return fits
+
+
+def fit_two(fits, *labels):
+    return asyncio.ensure_future(fits.fit("x", [Example("a text", label) for label in labels], Embedding()))
+
+
+async def test_a_fit_that_is_being_saved_when_the_server_stops_is_answered(fits):
+    fit = fit_two(fits, "a", "b")
+    await asyncio.to_thread(fits.store.save.begun.wait)
+    fits._service.closing.set()
+    await turns()
+    assert not fit.done()
+    fits.store.save.go_on.set()
+    assert (await fit).card == fits.store.find("x").card
+
+
+async def test_a_fit_that_is_cancelled_while_it_is_saved_never_replaces_a_later_one(fits):
+    fit = fit_two(fits, "a", "b")
+    await asyncio.to_thread(fits.store.save.begun.wait)
+    fit.cancel()
+    await turns()
+    assert fits._turn.locked()
+    later = fit_two(fits, "c", "d")
+    fits.store.save.go_on.set()
+    await asyncio.wait((fit, later))
+    assert fit.cancelled()
+    assert later.result().card == fits.store.find("x").card
 
 
 def test_a_fit_does_not_outlive_a_server_that_is_killed(make_checkpoint, tmp_path):

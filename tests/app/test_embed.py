@@ -140,7 +140,7 @@ def test_a_text_that_was_cut_is_reported_or_refused(server):
     assert server.post("/embed", inputs="short").headers["x-truncated"] == "0"
     refused = server.post("/embed", inputs=["short", long], truncate=False)
     assert refused.status_code == 422
-    assert "inputs[1] has 1002 tokens" in refused.json()["error"]
+    assert "text 1 has 1002 tokens" in refused.json()["error"]
     left = vectors_of(server, "start " + long + "end", truncation_direction="Left")
     right = vectors_of(server, "start " + long + "end")
     assert not np.allclose(left, right)

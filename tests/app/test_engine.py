@@ -6,11 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ahead_worker import PATIENT
-from fake_worker import CRASH, FAIL, HANG, HOLD, SIGNS, SLOW
+from fake_worker import CRASH, FAIL, HANG, HOLD, RUBBISH, SIGNS, SLOW
 
+import app.engine
 from app.child import start_engine
-from app.engine import HIDDEN, BatchFailed, Engine, EngineDied, EngineOptions, State
+from app.engine import BatchFailed, Engine, EngineDied, EngineOptions, State
 from app.errors import EngineError
+from app.frames import HIDDEN
 from app.metrics import Metrics
 from app.scheduler import Scheduler
 from app.service import _start_all
@@ -260,9 +262,78 @@ async def test_an_engine_never_comes_back_with_another_checkpoint(monkeypatch, c
     await engine.stop()
 
 
+class Scarce:
+    """What the system refuses for the next so many times."""
+
+    def __init__(self, times: int, error: Exception, real) -> None:
+        self.times, self._error, self._real = times, error, real
+
+    def __call__(self, *arguments):
+        if self.times:
+            self.times -= 1
+            raise self._error
+        return self._real(*arguments)
+
+
+SCARCE = {
+    "start_engine": BlockingIOError(11, "Resource temporarily unavailable"),
+    "_end": RuntimeError("can't start new thread"),
+}
+
+
+@pytest.mark.parametrize(("name", "error"), SCARCE.items())
+async def test_a_start_that_the_system_refuses_is_tried_again(engine, monkeypatch, caplog, name, error):
+    monkeypatch.setattr("app.engine._RESTART_DELAYS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(f"app.engine.{name}", Scarce(2, error, getattr(app.engine, name)))
+    with pytest.raises(EngineDied):
+        await engine.run("mean", rows([CRASH]))
+    await until(lambda: engine.room)
+    assert engine.restarts == 1
+    assert caplog.text.count(f"did not start: the engine process can't be started ({error})") == 2
+    assert (await engine.run("mean", rows([6])))[0][0] == 6
+
+
+async def test_starts_that_the_system_goes_on_refusing_end_in_failure(engine, monkeypatch):
+    monkeypatch.setattr("app.engine._RESTART_DELAYS", (0.0, 0.0))
+    monkeypatch.setattr("app.engine.start_engine", Scarce(9, SCARCE["start_engine"], start_engine))
+    engine._process.kill()
+    await until(lambda: engine.state is State.FAILED)
+
+
+async def test_a_first_start_that_the_system_refuses_says_why(monkeypatch):
+    monkeypatch.setattr("app.engine.start_engine", Scarce(1, SCARCE["start_engine"], start_engine))
+    engine = fake_engine()
+    with pytest.raises(EngineError, match=r"can't be started .*temporarily unavailable"):
+        await engine.start()
+    assert engine.state is State.FAILED
+    await engine.stop()
+
+
+async def test_an_answer_that_holds_no_result_is_a_death_that_everybody_who_waits_is_told_of(engine):
+    loop, told = asyncio.get_running_loop(), []
+    handler = loop.get_exception_handler()
+    loop.set_exception_handler(lambda loop, context: told.append(context["exception"]))
+    answers = [engine.run("mean", rows([RUBBISH])), engine.run("mean", rows([1]))]
+    async with asyncio.timeout(30):
+        deaths = await asyncio.gather(*answers, return_exceptions=True)
+    loop.set_exception_handler(handler)
+    assert [type(death) for death in deaths] == [EngineDied, EngineDied]
+    assert [type(error) for error in told] == [IndexError]
+    await until(lambda: engine.room)
+
+
+async def test_an_engine_comes_back_on_the_device_and_in_the_dtype_that_it_had(engine):
+    assert (engine.facts["device"], engine.facts["dtype"]) == ("cuda:0", "float32")
+    engine._command = [*FAKE, "no-gpu"]
+    with pytest.raises(EngineDied):
+        await engine.run("mean", rows([CRASH]))
+    await until(lambda: engine.room)
+    assert (engine.facts["device"], engine.facts["dtype"]) == ("cuda:0", "float32")
+
+
 async def test_every_device_gets_an_engine_unless_one_is_named(monkeypatch):
     monkeypatch.setattr(Engine.__init__, "__defaults__", (FAKE, None))
-    for device, wanted in {"auto": ["auto", "cuda:1", "cuda:2"], "cuda:1": ["cuda:1"]}.items():
+    for device, wanted in {"auto": ["cuda:0", "cuda:1", "cuda:2"], "cuda:1": ["cuda:1"]}.items():
         options = EngineOptions("nowhere", device)
         engines = [Engine(options, 30.0)]
         try:

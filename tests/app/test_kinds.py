@@ -193,6 +193,10 @@ def test_root_and_invocations_answer_by_the_kind(single: Served, reranker: Serve
         assert single.ok(path, inputs=PAIRS) == single.ok("/predict", inputs=PAIRS)
         ranked = reranker.ok("/rerank", query=QUERY, texts=TEXTS)
         assert reranker.ok(path, query=QUERY, texts=TEXTS) == ranked
+        assert (
+            reranker.ok(path, query=QUERY, documents=TEXTS)["results"]
+            == reranker.ok("/rerank", query=QUERY, documents=TEXTS)["results"]
+        )
         assert reranker.ok(path, inputs=PAIRS) == reranker.ok("/predict", inputs=PAIRS)
         assert sparse.ok(path, inputs=TEXTS) == sparse.ok("/embed_sparse", inputs=TEXTS)
         assert masked.ok(path, inputs=TEXTS, normalize=False) == masked.ok("/embed", inputs=TEXTS, normalize=False)
@@ -264,6 +268,74 @@ def test_rerank_takes_documents_in_place_of_texts(reranker: Served) -> None:
     assert jina["usage"]["total_tokens"] == sum(len(reranker.reference.tokenizer(*pair)["input_ids"]) for pair in PAIRS[:2])
 
 
+@pytest.mark.parametrize("path", ["/rerank", "/v1/rerank"])
+def test_documents_come_back_as_they_were_sent(reranker: Served, path: str) -> None:
+    documents = [{"text": TEXTS[0], "id": 7, "tags": ["x"]}, TEXTS[1], {"id": None, "text": TEXTS[2]}]
+    answer = reranker.ok(path, query=QUERY, documents=documents, return_documents=True, rank_fields=["text"], texts=None)
+    found = {one["index"]: one["document"] for one in answer["results"]}
+    assert [found[place] for place in range(3)] == [documents[0], {"text": TEXTS[1]}, documents[2]]
+
+
+def test_null_tells_no_body_from_another(single: Served, reranker: Served) -> None:
+    assert reranker.ok("/rerank", query=QUERY, texts=TEXTS, documents=None) == reranker.ok("/rerank", query=QUERY, texts=TEXTS)
+    answer = single.ok("/classify", input=TEXTS, classifier=None, labels=None, template=None)
+    assert answer["data"] == single.ok("/classify", input=TEXTS)["data"]
+
+
+RAW = {
+    "/rerank": (
+        {"query": QUERY, "documents": TEXTS},
+        lambda answer: [one["relevance_score"] for one in by_index(answer["results"])],
+    ),
+    "/v2/rerank": (
+        {"query": QUERY, "documents": TEXTS},
+        lambda answer: [one["relevance_score"] for one in by_index(answer["results"])],
+    ),
+    "/score": ({"text_1": QUERY, "text_2": TEXTS}, lambda answer: [one["score"] for one in answer["data"]]),
+    "/predict": ({"inputs": PAIRS}, lambda answer: [one[0]["score"] for one in answer]),
+}
+
+
+def by_index(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(results, key=lambda one: one["index"])
+
+
+@pytest.mark.parametrize("path", RAW)
+@pytest.mark.parametrize(
+    "said", [{"raw_scores": True}, {"use_activation": False}, {"raw_scores": False}, {"use_activation": True}]
+)
+def test_scores_are_raw_on_request_in_every_dialect(reranker: Served, path: str, said: dict[str, bool]) -> None:
+    body, scores_of = RAW[path]
+    logits = np.array([reranker.reference.logits(*pair)[0] for pair in PAIRS])
+    raw = said in ({"raw_scores": True}, {"use_activation": False})
+    found = scores_of(reranker.ok(path, **body, **said))
+    np.testing.assert_allclose(found, logits if raw else sigmoid(logits), rtol=0, atol=1e-5)
+
+
+def test_classes_are_raw_on_request(single: Served) -> None:
+    (one,) = single.ok("/classify", input=TEXTS[0], use_activation=False)["data"]
+    np.testing.assert_allclose(one["probs"], single.reference.logits(TEXTS[0]), rtol=0, atol=1e-5)
+
+
+STRICT = {
+    "/predict": {"inputs": LONG},
+    "/rerank": {"query": QUERY, "texts": ["a", LONG]},
+    "/v1/rerank": {"query": QUERY, "documents": ["a", LONG]},
+    "/score": {"text_1": QUERY, "text_2": ["a", LONG]},
+}
+
+
+@pytest.mark.parametrize("path", STRICT)
+def test_a_text_that_is_too_long_is_refused_where_asked_and_the_advice_helps(reranker: Served, path: str) -> None:
+    body = STRICT[path]
+    for said in ({"truncate": False}, {"on_overflow": "error"}):
+        message = message_of(reranker.server.post(path, **body, **said))
+        place = 0 if path == "/predict" else 1
+        assert f"text {place} has" in message
+        assert message.endswith("shorten it or send on_overflow: truncate")
+    assert reranker.server.post(path, **body, on_overflow="truncate").headers["x-truncated"] == "1"
+
+
 @pytest.mark.parametrize("limit", [1, 7, 300, 4096])
 def test_documents_are_cut_to_their_own_limit(reranker: Served, limit: int) -> None:
     tokenizer = reranker.reference.tokenizer
@@ -309,6 +381,8 @@ def test_score_as_vllm(reranker: Served, masked: Served, path: str, case: str) -
     wanted = [sigmoid(reranker.reference.logits(*pair)[0]) for pair in zip(a, b, strict=True)]
     np.testing.assert_allclose([one["score"] for one in answer["data"]], wanted, rtol=0, atol=1e-5)
     cosines = [masked.ok("/similarity", inputs={"source_sentence": x, "sentences": [y]})[0] for x, y in zip(a, b, strict=True)]
+    for names in (("text_1", "text_2"), ("queries", "documents"), ("data_1", "data_2")):
+        assert reranker.ok(path, **dict(zip(names, SCORED[case], strict=True)))["data"] == answer["data"]
     answer = masked.ok(path, text_1=text_1, text_2=text_2)
     np.testing.assert_allclose([one["score"] for one in answer["data"]], cosines, rtol=0, atol=1e-5)
 

@@ -288,7 +288,7 @@ def test_chunks_have_details_and_errors_in_their_places(server):
         ({"chunk_tokens": 9, "inputs": [1, 2]}, 422, "inputs"),
         ({"chunk_tokens": 9, "inputs": ""}, 400, "empty"),
         ({"chunk_tokens": 9, "inputs": []}, 400, "empty"),
-        ({"chunk_tokens": 9, "inputs": VARIED, "on_overflow": "error"}, 422, "inputs[0] has"),
+        ({"chunk_tokens": 9, "inputs": VARIED, "on_overflow": "error"}, 422, "text 0 has"),
         ({"chunk_tokens": 254, "overlap_tokens": 253, "inputs": VARIED}, 413, "wanted at most 65536"),
         ({"chunk_tokens": 254, "overlap_tokens": 253, "inputs": VARIED, "late": True}, 413, "wanted at most 65536"),
     ],
@@ -363,10 +363,10 @@ def test_too_many_tokens_in_a_request_are_refused(prompted):
 def test_a_text_of_too_many_tokens_is_not_read_to_its_end(prompted):
     long = "d " * 3000
     for body, status, found in (
-        ({"inputs": long}, 413, "inputs[0] has more than 400 tokens in one request"),
-        ({"inputs": ["d", [7] * 500]}, 413, "inputs[1] has more than 400 tokens in one request"),
-        ({"inputs": long, "on_overflow": "error"}, 422, "inputs[0] has more than 400 tokens; wanted at most 32"),
-        ({"inputs": "d " * 300, "on_overflow": "error"}, 422, "inputs[0] has 302 tokens; wanted at most 32"),
+        ({"inputs": long}, 413, "text 0 has more than 400 tokens in one request"),
+        ({"inputs": ["d", [7] * 500]}, 413, "text 1 has more than 400 tokens in one request"),
+        ({"inputs": long, "on_overflow": "error"}, 422, "text 0 has more than 400 tokens; wanted at most 32"),
+        ({"inputs": "d " * 300, "on_overflow": "error"}, 422, "text 0 has 302 tokens; wanted at most 32"),
     ):
         response = prompted.client.post("/embed", json=body)
         assert response.status_code == status

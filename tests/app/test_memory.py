@@ -129,7 +129,7 @@ def thread_arenas(pid: int) -> int:
 
 @glibc
 @pytest.mark.system
-def test_all_threads_of_a_server_share_an_arena_for_each_that_tokenizes_and_one_more(make_checkpoint):
+def test_all_threads_of_a_server_share_a_few_arenas(make_checkpoint):
     with running_server(model=make_checkpoint()) as server:
         for _ in range(3):
             server.post("/embed_all", inputs=[TEXT] * 200)

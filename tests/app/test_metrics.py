@@ -56,6 +56,31 @@ def test_all_is_there_from_the_first_scrape(fresh):
     assert set(counts.values()) == {0}
 
 
+def test_a_first_burst_of_failures_has_a_rate(fresh):
+    """Of each route that works, and of what is refused before its route is known; the series stay few."""
+    server, first = fresh
+    paths = server.client.get("/openapi.json").json()["paths"]
+    working = {path for path, methods in paths.items() if {"post", "put"} & methods.keys()} | {NO_ROUTE}
+    for status in ("429", "500", "503", "504"):
+        found = {dict(labels)["route"] for name, *labels in first if labels[1:] == [("status", status)]}
+        assert working <= found
+        assert found.isdisjoint({"/info", "/health", "/v1/models", "/classifiers"})
+    assert sum(name == "bertd_requests_total" for name, *_ in first) < 150
+    assert len(first) < 1200
+
+
+def test_a_request_that_has_no_route_is_counted_as_refused(fresh):
+    server, _ = fresh
+
+    def refused():
+        return samples(server)["bertd_refused_total", ("reason", "NotFound")]
+
+    before = refused()
+    assert server.client.get("/nowhere").status_code == 404
+    assert server.client.get("/embed").status_code == 405
+    assert refused() == before + 2
+
+
 def test_requests_add_no_series_but_those_of_a_status(fresh):
     server, first = fresh
     server.post("/embed", inputs=["abc", "de"])
@@ -66,7 +91,7 @@ def test_requests_add_no_series_but_those_of_a_status(fresh):
     after = samples(server)
     new = {(name, *labels) for name, *labels in after.keys() - first.keys()}
     assert {name for name, *_ in new} == {"bertd_requests_total"}
-    assert {dict(labels)["status"] for _, *labels in new} <= {"404", "405", "422"}
+    assert {dict(labels)["status"] for _, *labels in new} <= {"400", "404", "405", "422"}  # 400: a method that HTTP does not know
     embed = ("route", "/embed")
     assert after["bertd_requests_total", embed, ("status", "200")] == 1
     assert after["bertd_request_seconds_count", embed] >= 1

@@ -1,6 +1,7 @@
 """The OpenAI dialect over HTTP, and where its routes stand: names, prefixes, slashes."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -119,6 +120,8 @@ def test_zero_dimensions_are_all_and_fewer_are_cut_and_normalised(server):
         ({"input_type": "search_query"}, "query"),
         ({"input_type": "document"}, "passage"),
         ({"input_type": "passage"}, "passage"),
+        ({"input_type": "Document"}, "passage"),
+        ({"prompt_name": ""}, ""),
         ({"input_type": "classification"}, None),
         ({"input_type": "document", "prompt_name": "query"}, "query"),
     ],
@@ -126,6 +129,38 @@ def test_zero_dimensions_are_all_and_fewer_are_cut_and_normalised(server):
 def test_a_prompt_is_chosen_by_name_or_by_kind(prompted, fields, prompt):
     wanted = prompted.post("/embed", inputs="abc", prompt_name=prompt).json()
     np.testing.assert_array_equal(vectors_of(prompted.post("/v1/embeddings", input="abc", **fields)), wanted)
+
+
+@pytest.mark.parametrize(
+    ("fields", "prompt"),
+    [
+        ({}, "query"),
+        ({"input_type": "clustering"}, "query"),
+        ({"input_type": "query"}, "query"),
+        ({"input_type": "document"}, ""),
+        ({"input_type": "passage"}, ""),
+        ({"input_type": "search_document"}, "search_document"),
+    ],
+)
+def test_a_document_gets_no_prompt_of_a_query(make_checkpoint, tmp_path, fields, prompt):
+    folder = shutil.copytree(make_checkpoint(), tmp_path / "checkpoint")
+    prompts = {"query": "query: ", **({"search_document": "of all: ", "passage": "p: "} if prompt == "search_document" else {})}
+    config = {"prompts": prompts, "default_prompt_name": "query"}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(config), encoding="utf-8")
+    with running_server(model=folder) as server:
+        wanted = server.post("/embed", inputs="abc", prompt_name=prompt).json()
+        assert wanted == server.post("/embed", inputs=prompts.get(prompt, "") + "abc", prompt_name="").json()
+        np.testing.assert_array_equal(vectors_of(server.post("/v1/embeddings", input="abc", **fields)), wanted)
+
+
+def test_a_text_that_is_too_long_is_treated_as_asked(server):
+    long = "a " * 400
+    cut, split = (vectors_of(server.post("/v1/embeddings", input=long, on_overflow=habit)) for habit in ("truncate", "split"))
+    assert not np.array_equal(cut, split)
+    for said in ({"on_overflow": "error"}, {"truncate": False}):
+        refused = server.post("/v1/embeddings", input=["a", long], **said)
+        assert refused.status_code == 400
+        assert "text 1 has 402 tokens" in refused.json()["error"]["message"]
 
 
 def test_the_served_name_stands_in_every_answer(prompted):

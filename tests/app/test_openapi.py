@@ -259,7 +259,7 @@ def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     yield from serve("embedder", tmp_path_factory, api_key="sesame", admin_key="of an operator", max_body_bytes=1000)
 
 
-PUBLIC = ("/health", "/ready", "/metrics")
+PUBLIC = ("/health", "/ping", "/ready", "/metrics")
 
 
 @pytest.mark.parametrize(("method", "path"), OPERATIONS)

@@ -3,10 +3,12 @@
 import base64
 import gzip
 import itertools
+import json
 
 import numpy as np
 import pytest
 import zstandard
+from raw_http import connect, request
 from safetensors.numpy import load
 
 from app.negotiation import content_coding, media_type
@@ -165,6 +167,23 @@ def test_a_large_answer_is_the_same_in_pieces(prompted):
     tensors = load(prompted.client.post("/embed_all", json={"inputs": texts}, headers={"accept": SAFETENSORS}).content)
     for n, matrix in enumerate(whole.json()):
         np.testing.assert_array_equal(np.array(matrix, dtype=np.float32), tensors[str(n)])
+
+
+def test_one_large_matrix_is_sent_block_by_block(prompted):
+    """A chunk of the answer is what was rendered at once."""
+    body = json.dumps({"inputs": "a b c " * 2000, "on_overflow": "split"}).encode()
+    with connect(prompted) as connection, connection.makefile("rb") as answer:
+        connection.sendall(request("/embed_all", body))
+        while answer.readline() != b"\r\n":
+            pass
+        sizes, content = [], b""
+        while size := int(answer.readline(), 16):
+            content += answer.read(size)
+            sizes.append(size)
+            answer.readline()
+    assert len(sizes) > 3
+    assert max(sizes) < 2**19
+    assert np.array(json.loads(content)).shape[::2] == (1, 40)
 
 
 def rendered(server):

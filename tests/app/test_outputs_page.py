@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 PAGE = (Path(__file__).parents[2] / "docs" / "outputs.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE, re.S | re.M)
@@ -63,12 +64,17 @@ HELLO = -0.06277183  # the first number of the vector of "hello", as the README 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 @pytest.mark.parametrize("code", examples("sh"))
-def test_shell_examples(server, code):
+def test_shell_examples(server, wanted, code):
     command = code.replace("localhost:8080", server.url)
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    first = float(re.search(r"-?[\d.]+", done.stdout)[0])
-    assert first == pytest.approx(HELLO, abs=2e-6) or "binary" in code or "bytes" in done.stdout
+    if "binary" in code:
+        assert json.loads(done.stdout) == [(np.packbits(wanted["bits"][0]).astype(int) - 128).tolist()]
+    elif "safetensors" in code:
+        file = safetensors.numpy.save({"0": wanted["matrices"][0].astype(np.float32)})
+        assert done.stdout == f"{len(file)} bytes\n"
+    else:
+        assert float(re.search(r"-?[\d.]+", done.stdout)[0]) == pytest.approx(HELLO, abs=2e-6)
 
 
 @pytest.mark.parametrize("heading", ["JSON", "base64", "Octets", "safetensors", "Numbers", "Compression"])

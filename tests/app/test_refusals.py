@@ -4,6 +4,9 @@ import json
 import socket
 
 import pytest
+from pydantic import ValidationError
+
+from app.api import openai, rerank, tei_bodies, vllm
 
 pytestmark = pytest.mark.system
 
@@ -73,6 +76,21 @@ def test_bad_input_is_refused_by_name(server, path, body, status, word, message)
     assert response.json()["error_type"] == word
     assert message in response.json()["error"]
     assert len(response.content) < 1000
+
+
+@pytest.mark.parametrize("field", ["inputs", "input", "texts", "documents", "text_2"])
+def test_of_a_list_of_bad_items_only_the_first_is_looked_at(field):
+    """A million of them would take the event loop seconds and the process gigabytes."""
+    models = {
+        "inputs": tei_bodies.EmbedRequest,
+        "input": openai.EmbeddingRequest,
+        "texts": tei_bodies.RerankRequest,
+        "documents": rerank.DocumentsRequest,
+        "text_2": vllm.ScoreRequest,
+    }
+    with pytest.raises(ValidationError) as refused:
+        models[field].model_validate({field: [None] * 1000, "query": "a", "text_1": "a"})
+    assert refused.value.error_count() < 5
 
 
 def test_the_server_answers_as_before_after_all_of_them(server):

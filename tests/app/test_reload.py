@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import signal
 import threading
 import weakref
@@ -11,9 +12,11 @@ import httpx
 import pytest
 from servers import Load, running_server, until
 
+from app.errors import BadCheckpoint
 from app.metrics import Metrics
 from app.serving import running_serving
 from app.settings import Settings
+from model.hub import digest
 
 pytestmark = pytest.mark.system
 
@@ -73,6 +76,36 @@ async def test_nothing_of_what_was_served_before_is_kept(link):
         async with asyncio.timeout(60):
             while former() is not None:
                 await asyncio.sleep(0.01)
+
+
+async def test_a_checkpoint_that_changes_while_it_is_read_is_refused(tmp_path, make_checkpoint, monkeypatch):
+    folder = shutil.copytree(make_checkpoint(seed=1), tmp_path / "model")
+
+    def replace_and_digest(files):
+        shutil.copy(make_checkpoint(seed=2) / "model.safetensors", tmp_path / "new")
+        os.replace(tmp_path / "new", folder / "model.safetensors")
+        return digest(files)
+
+    async with running_serving(Settings(model=str(folder)), Metrics()) as serving:
+        current = serving.current
+        with monkeypatch.context() as patch:
+            patch.setattr("app.service.digest", replace_and_digest)
+            with pytest.raises(BadCheckpoint, match="changed while they were read"):
+                await serving.reload()
+        assert serving.current is current
+        await serving.reload()
+        assert serving.current.service.facts["sha256"] == digest([folder / "model.safetensors"])
+
+
+async def test_a_reload_that_ends_after_the_first_word_of_a_stop_leaves_the_server_stopping(link):
+    async with running_serving(Settings(model=str(link)), Metrics()) as serving:
+        current = serving.current
+        reload = asyncio.ensure_future(serving.reload())
+        await asyncio.sleep(0)
+        serving.close()
+        await reload
+        assert serving.current is not current
+        assert serving.current.service.closing.is_set()
 
 
 def test_a_checkpoint_that_cannot_be_served_leaves_the_old_one_serving(link, tmp_path):

@@ -10,7 +10,7 @@ from safetensors.numpy import load
 
 from app import compression
 from app.compression import Compress
-from app.render import base64_text, in_blocks, json_list, raw_rows, safetensors
+from app.render import base64_text, in_blocks, json_bytes, json_list, raw_rows, safetensors
 
 ARRAYS = [np.arange(6, dtype=np.float32).reshape(2, 3), np.ones((1, 4), np.float32), np.zeros((0, 2), np.float32)]
 
@@ -19,6 +19,17 @@ def test_a_json_list_is_that_of_its_items():
     for items in ([], [1], [1, "two", None], ARRAYS):
         plain = [item.tolist() if isinstance(item, np.ndarray) else item for item in items]
         assert json.loads(b"".join(json_list(items))) == plain
+
+
+def test_a_large_array_is_rendered_a_few_rows_at_a_time_and_as_ever():
+    large = np.random.default_rng(0).standard_normal((5_000, 40)).astype(np.float32)
+    for item in (large, large.reshape(50, 100, 40), {"tokens": ["a"], "embeddings": large}, large.astype(np.int8), large.ravel()):
+        pieces = list(json_list([item, 1, item]))
+        assert b"".join(pieces) == json_bytes([item, 1, item])
+        assert max(map(len, pieces)) < 2**18
+    pieces = list(raw_rows([large, large[:2], large[:, ::2]]))
+    assert b"".join(pieces) == large.tobytes() + large[:2].tobytes() + large[:, ::2].tobytes()
+    assert max(map(len, pieces)) < 2**18
 
 
 def test_floats_come_back_as_they_were():

@@ -137,6 +137,23 @@ async def test_waiting_rows_are_shared_out_among_engines():
     job.cancel()
 
 
+async def test_an_engine_that_is_gone_counts_neither_for_the_rate_nor_for_the_shares():
+    engines = [PuppetEngine(facts={"tokens_per_second": 1000.0}, depth=2) for _ in range(2)]
+    scheduler = Scheduler(engines, Metrics(), max_batch_tokens=1000)
+    assert scheduler.max_queue_tokens == 4000
+    engines[1].state = State.STARTING
+    assert scheduler.max_queue_tokens == 2000
+    jobs = [submit(scheduler, *([n] * 100 for n in range(8))) for _ in range(2)]
+    await turns()
+    assert [len(rows) for _, rows, _ in engines[0].batches] == [8, 8]
+    for job in jobs:
+        job.cancel()
+    engines[0].state = State.FAILED
+    assert scheduler.max_queue_tokens == 2000
+    engines[0].state = engines[1].state = State.READY
+    assert scheduler.max_queue_tokens == 4000
+
+
 async def test_between_the_answers_of_a_large_batch_others_are_heard():
     engine, scheduler = make(PuppetEngine(), max_batch_tokens=100)
     jobs = [submit(scheduler, [n]) for n in range(100)]

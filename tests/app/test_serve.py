@@ -5,12 +5,14 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from checkpoints import save_checkpoint
-from servers import run_bertd, running_server
+from servers import BERTD, run_bertd, running_server, until
 
 pytestmark = pytest.mark.system
 
@@ -34,9 +36,10 @@ def test_info_has_the_keys_of_tei_and_ours(server):
 
 
 def test_health_and_ready_are_empty_and_public(server):
-    for path in ("/health", "/ready"):
-        response = server.client.get(path)
-        assert (response.status_code, response.content) == (200, b"")
+    for path in ("/health", "/ping", "/ready"):
+        for method in ("GET", "HEAD"):
+            response = server.client.request(method, path)
+            assert (response.status_code, response.content) == (200, b"")
 
 
 def test_a_request_id_is_kept_or_made(server):
@@ -138,6 +141,37 @@ def test_a_port_in_use_is_one_clear_line(make_checkpoint):
         )
 
 
+def test_a_port_that_another_takes_while_the_server_starts_is_one_clear_line(make_checkpoint):
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        command = [*BERTD, "serve", "--port", str(port), "--model", str(make_checkpoint())]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+            until(lambda: engines_of(server))
+            taken.listen()
+            try:
+                stdout, stderr = server.communicate(timeout=60)
+            finally:
+                server.kill()
+        done = subprocess.CompletedProcess(command, server.returncode, stdout, stderr)
+        assert f"127.0.0.1:{port} can't be listened on" in one_line(done)
+
+
+def test_a_hangup_while_the_server_starts_ends_nothing(make_checkpoint):
+    command = [*BERTD, "serve", "--port", "0", "--model", str(make_checkpoint())]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as server:
+        until(lambda: engines_of(server))
+        server.send_signal(signal.SIGHUP)
+        assert server.stdout.readline().startswith("model")
+        server.terminate()
+        assert server.wait(30) == 0
+
+
+def engines_of(server):
+    return Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text()
+
+
 def test_a_folder_without_weights_is_one_clear_line(tmp_path):
     save_checkpoint(tmp_path)
     (tmp_path / "model.safetensors").unlink()
@@ -162,7 +196,7 @@ def test_an_unknown_model_is_one_clear_line_that_says_every_way():
 
 
 def test_a_bad_option_is_one_clear_line():
-    assert "BERTD_PORT" in one_line(run_bertd("serve", "--port", "many"))
+    assert "--port is 'many'; wanted a valid integer" in one_line(run_bertd("serve", "--port", "many"))
     assert "BERTD_THREADS" in one_line(run_bertd("info", BERTD_THREADS="-1"))
 
 

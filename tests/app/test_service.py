@@ -133,7 +133,7 @@ async def test_of_a_large_list_the_first_text_that_is_refused_is_named(make_serv
     monkeypatch.setattr("app.inputs._LARGE", 300)
     inputs = ["a b"] * 400
     inputs[250] = inputs[390] = "a b c d e f"
-    with pytest.raises(InvalidInput, match=r"inputs\[250\] has 8 tokens"):
+    with pytest.raises(InvalidInput, match=r"text 250 has 8 tokens"):
         await reader.read(inputs, Encoding(on_overflow="error"))
 
 

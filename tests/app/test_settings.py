@@ -34,6 +34,7 @@ def test_an_empty_variable_is_the_same_as_none():
         ({"BERTD_URL_PREFIX": "api"}, "BERTD_URL_PREFIX"),
         ({"BERTD_URL_PREFIX": "/api/"}, "BERTD_URL_PREFIX"),
         ({"BERTD_URL_PREFIX": "/a//b"}, "BERTD_URL_PREFIX"),
+        ({"BERTD_MAX_BATCH_TOKENS": "100000000"}, "BERTD_MAX_BATCH_TOKENS is '100000000'; wanted less than or equal to 1048576"),
         ({"BERTD_PROT": "1"}, "unknown setting BERTD_PROT"),
         ({"BERTD_PORT": "x", "BERTD_THREADS": "y"}, "BERTD_THREADS"),
     ],
@@ -41,6 +42,23 @@ def test_an_empty_variable_is_the_same_as_none():
 def test_a_bad_option_is_named(environment, message):
     with pytest.raises(SettingsError, match=message):
         Settings.read(environment)
+
+
+@pytest.mark.parametrize(
+    ("environment", "flags", "line"),
+    [
+        ({"BERTD_DEVICE": "tpu"}, {}, "BERTD_DEVICE is 'tpu'; wanted auto, cpu, cuda or cuda:N"),
+        ({"BERTD_PORT": "80"}, {"port": "70000"}, "--port is '70000'; wanted less than or equal to 65535"),
+        ({"BERTD_PORT": "70000"}, {"host": "::"}, "BERTD_PORT is '70000'; wanted less than or equal to 65535"),
+        ({}, {"served_model_name": ""}, "--served-model-name is ''; wanted at least 1 character"),
+        ({}, {"url_prefix": "api"}, "--url-prefix is 'api'; wanted path before that of every route, as `/embeddings-api`"),
+        ({"BERTD_ADMIN_KEY": " "}, {}, "admin_key is empty; unset it or give a key"),
+    ],
+)
+def test_a_bad_option_is_a_line_that_says_what_was_found_and_wanted(environment, flags, line):
+    with pytest.raises(SettingsError) as refused:
+        Settings.read(environment, flags)
+    assert str(refused.value) == line
 
 
 def test_variables_that_kubernetes_sets_for_a_service_of_our_name_are_not_ours():
@@ -59,6 +77,9 @@ def test_a_key_is_not_shown():
     assert "secret" not in repr(Settings.read(keys))
     with pytest.raises(SettingsError) as refused:
         Settings.read({"BERTD_API_KEY": "secret", "BERTD_ADMIN_KEY": "secret"})
+    assert "secret" not in str(refused.value)
+    with pytest.raises(SettingsError) as refused:
+        Settings.read({}, {"api_key": b"\xffsecret"})
     assert "secret" not in str(refused.value)
 
 

@@ -161,7 +161,7 @@ def test_a_server_without_requests_ends_at_once_whatever_its_connections_do(make
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("send", [os.kill, os.killpg])  # a supervisor sends it to the process, a terminal to the group
-@pytest.mark.parametrize("loaded", ["numpy", "libtorch_cpu", "_kernels"])  # by the engine when the signal comes
+@pytest.mark.parametrize("loaded", ["python", "numpy", "libtorch_cpu", "_kernels"])  # by the engine when the signal comes
 def test_a_server_that_is_stopped_while_it_starts_leaves_nothing_behind(make_checkpoint, number, send, loaded):
     command = [*BERTD, "serve", "--port", "0", "--model", str(make_checkpoint())]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -175,6 +175,32 @@ def test_a_server_that_is_stopped_while_it_starts_leaves_nothing_behind(make_che
     assert errors == ""
     assert server.returncode == (0 if banner else 128 + number)  # the signal may come when it is ready after all
     until(lambda: gone(engine))
+
+
+SIGNALLED = """
+import os, sys
+from app import cli
+from app.frames import FrameProtocol
+update = FrameProtocol.buffer_updated
+def update_first(protocol, count):
+    FrameProtocol.buffer_updated = update
+    os.kill(os.getpid(), int(sys.argv[1]))
+    update(protocol, count)
+FrameProtocol.buffer_updated = update_first
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("command", ["serve", "embed"])
+def test_a_signal_is_heard_wherever_it_comes(make_checkpoint, tmp_path, number, command):
+    """Also in a callback of the event loop, which may swallow what a handler raises."""
+    texts = tmp_path / "texts.txt"
+    texts.write_text("abc", encoding="utf-8")
+    options = ["--port", "0"] if command == "serve" else [str(texts)]
+    arguments = [str(number.value), command, "--model", str(make_checkpoint()), *options]
+    done = subprocess.run([sys.executable, "-c", SIGNALLED, *arguments], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (128 + number, "", "")
 
 
 def test_an_engine_that_hangs_does_not_outlive_a_server_that_is_killed(make_checkpoint, sent):

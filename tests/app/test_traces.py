@@ -197,7 +197,7 @@ def test_missing_packages_are_one_clear_line(tmp_path):
     assert (done.returncode, done.stdout) == (1, "")
     (line,) = done.stderr.splitlines()
     assert "BERTD_OTLP_ENDPOINT is set" in line
-    assert "pip install 'bertd[otel]'" in line
+    assert "pip install -e '.[otel]'" in line
 
 
 def test_the_packages_are_not_imported_unless_they_are_used():

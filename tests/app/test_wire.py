@@ -1,5 +1,6 @@
 """Connections: what a slow, greedy or broken client gets, and what it leaves behind."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -15,10 +16,12 @@ import threading
 import time
 
 import pytest
+import uvicorn
 from raw_http import Reader, connect, descriptors, exchange, promptness, read, request
-from servers import running_server, until
+from servers import held, running_server, until
+from uvicorn.server import ServerState
 
-from app.wire import ABOVE_LIMIT
+from app.wire import ABOVE_LIMIT, Wire
 
 pytestmark = pytest.mark.system
 
@@ -29,10 +32,17 @@ CHUNKED = b"POST /embed HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n"
 
 
 @pytest.fixture(scope="module")
-def wired(make_checkpoint):
+def log(tmp_path_factory):
+    """What the server below has logged."""
+    return tmp_path_factory.mktemp("wired") / "log"
+
+
+@pytest.fixture(scope="module")
+def wired(make_checkpoint, log):
     """Hurried with its clients. A task that is left over would keep it from its exit code 0."""
     limits = {"header_timeout": 0.4, "body_timeout": 0.4, "max_connections": CONNECTIONS, "max_body_bytes": 200_000}
-    with promptness(), running_server(model=make_checkpoint(), grace_period=15, **limits) as server:
+    limits |= {"model": make_checkpoint(), "grace_period": 15}
+    with log.open("wb") as stderr, promptness(), running_server(stderr=stderr.fileno(), **limits) as server:
         yield server
 
 
@@ -98,6 +108,13 @@ def test_the_rest_of_a_body_that_was_answered_before_its_end_is_not_waited_for(m
             assert read(connection, 1)[0].status == 401
             connection.sendall(TEXT[-1:] + request("/health", method="GET"))
             assert read(connection, 1)[0].status == 200
+        for version, headers in (("1.1", "Connection: close\r\n"), ("1.0", "")):  # it is sent, and then the answer is read
+            with connect(server) as connection:
+                head = f"POST /embed HTTP/{version}\r\nHost: x\r\n{headers}Content-Length: 5000000\r\n\r\n"
+                connection.sendall(head.encode())
+                select.select([connection], [], [])
+                connection.sendall(b" " * 5_000_000)
+                assert [answer.status for answer in read(connection)] == [401]
 
 
 @pytest.mark.parametrize(
@@ -163,6 +180,44 @@ def test_a_client_that_hangs_up_on_pipelined_requests_ends_them_all(tidy):
     assert count(200) == answered
 
 
+def test_a_client_that_pipelines_later_and_hangs_up_ends_the_request_that_is_being_answered(tidy):
+    hung_up = 'bertd_requests_total{route="/embed",status="499"}'
+    before = metric(tidy, hung_up)
+    with held(tidy):
+        with connect(tidy) as connection:
+            connection.sendall(request("/embed", LONG))
+            until(lambda: metric(tidy, "bertd_queue_rows") > 0)  # so that nobody reads for its body any more
+            connection.sendall(request("/embed", TEXT) * 2)
+        until(lambda: metric(tidy, hung_up) == before + 1)
+
+
+def test_what_is_pipelined_behind_a_request_is_held_up_to_a_bound_and_answered(tidy):
+    large = TEXT + b" " * 150_000
+    for body in (LONG, large):
+        answers = exchange(tidy, request("/embed", LONG), *[request("/embed", body)] * 3, count=4)
+        assert [answer.status for answer in answers] == [200] * 4
+    with held(tidy), connect(tidy) as connection:
+        connection.sendall(request("/embed", LONG))
+        until(lambda: metric(tidy, "bertd_queue_rows") > 0)
+        connection.setblocking(False)
+        sent = 0
+        with contextlib.suppress(BlockingIOError):
+            while sent < 32 * 2**20:  # no system takes that much for a server that does not read
+                sent += connection.send(request("/embed", TEXT + b" " * 190_000)[sent % 190_000 :])
+
+
+def test_a_flood_of_pipelined_requests_costs_no_answer_that_was_promised(tidy):
+    padded = request("/embed", TEXT + b" " * 100_000)
+    with connect(tidy) as connection:
+        with held(tidy):
+            connection.sendall(request("/embed", TEXT) * 17)
+            for _ in range(30):  # more than is read and thrown away at once
+                connection.sendall(padded)
+        answers = read(connection)
+    assert [answer.status for answer in answers] == [200] * 17
+    assert answers[-1].headers["connection"] == "close"
+
+
 def test_a_wish_for_another_protocol_is_ignored_and_the_body_is_read(tidy):
     upgrade = "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQBAAAAAAIAAAAA\r\n"
     wish = request("/embed", TEXT, headers=upgrade)
@@ -215,6 +270,50 @@ def test_a_client_that_takes_its_answer_slowly_gets_all_of_it(tidy):
             time.sleep(0.01)
     assert time.monotonic() - start > 0.8  # longer than a client may pause
     assert reader.answers[0].body == wanted.body
+
+
+async def test_a_client_that_takes_one_large_block_slowly_gets_all_of_it():
+    """In this process, where the system can be told to take little of the block at once, as it does of a larger one."""
+    block = bytes(400_000)
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(block))]})
+        await send({"type": "http.response.body", "body": block})
+
+    config, state = uvicorn.Config(app, http=Wire(10, 0.1, 10, (), refuse=None).protocol(), ws="none"), ServerState()
+    config.load()
+    loop = asyncio.get_running_loop()
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as client:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**14)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**14)
+        async with await loop.create_server(lambda: config.http_protocol_class(config, state, {}), sock=listener):
+            client.setblocking(False)
+            await loop.sock_connect(client, listener.getsockname())
+            await loop.sock_sendall(client, request("/", method="GET", headers="Connection: close\r\n"))
+            taken = b""
+            while part := await loop.sock_recv(client, 2**13):
+                taken += part
+                await asyncio.sleep(0.01)
+    assert taken.partition(b"\r\n\r\n")[2] == block
+
+
+def test_an_answer_to_http_1_0_has_no_chunks_and_ends_with_the_connection(tidy):
+    for asked, headers in ((MATRICES, ""), (request("/embed", LONG), "Accept-Encoding: gzip\r\n")):
+        asked = asked.replace(b"Host: x\r\n", headers.encode())
+        (wanted,) = exchange(tidy, asked, count=1)
+        assert wanted.headers["transfer-encoding"] == "chunked"
+        (answer,) = exchange(tidy, asked.replace(b"HTTP/1.1", b"HTTP/1.0"))
+        assert "transfer-encoding" not in answer.headers
+        assert (answer.headers["connection"], answer.body) == ("close", wanted.body)
+
+
+def test_a_refusal_is_whole_before_the_body_that_it_refuses(tidy):
+    head = b"POST /embed HTTP/1.1\r\nHost: x\r\nAccept-Encoding: gzip\r\nContent-Length: 1000000\r\n\r\n"
+    with connect(tidy) as connection:
+        connection.sendall(head)
+        answers = read(connection)
+    assert "larger" in refusal(answers, 413, "Validation")
+    assert "content-encoding" not in answers[0].headers
 
 
 INFO = request("/info", method="GET")
@@ -355,28 +454,32 @@ def test_500_clients_that_hang_up_leave_nothing_behind(tidy):
     assert tidy.client.post("/embed", content=TEXT).content == wanted
 
 
-def test_what_the_wire_refuses_is_counted(tidy):
-    refused = 'bertd_refused_total{reason="Validation"'
-    before = metric(tidy, refused)
-    exchange(tidy, b"hello\r\n\r\n")
-    assert metric(tidy, refused) == before + 1
+def test_what_the_wire_refuses_is_counted_and_logged(tidy, log):
+    series = ['bertd_refused_total{reason="Validation"', 'bertd_requests_total{route="none",status="400"']
+    before = [metric(tidy, name) for name in series]
+    (answer,) = exchange(tidy, b"hello\r\n\r\n")
+    assert [metric(tidy, name) for name in series] == [count + 1 for count in before]
+    until(lambda: answer.headers["x-request-id"] in log.read_text())
+    (line,) = (json.loads(line) for line in log.read_text().splitlines() if answer.headers["x-request-id"] in line)
+    assert (line["message"], line["error"]) == ("- none 400", "Validation")
 
 
 def test_bodies_that_come_to_too_much_together_are_refused_until_some_are_done(make_checkpoint):
     with running_server(model=make_checkpoint(), max_body_bytes=1000) as server, contextlib.ExitStack() as stack:
-        waiting = [stack.enter_context(connect(server)) for _ in range(33)]
+        waiting = [stack.enter_context(connect(server)) for _ in range(32)]
+        text = "a " * 20  # with it there is more than 32,000 bytes
         for connection in waiting:
             connection.sendall(b"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n" + b" " * 999)
 
         def is_full():
-            return server.post("/embed", inputs="a").status_code == 429
+            return server.post("/embed", inputs=text).status_code == 429
 
         until(is_full)
-        refused = server.post("/embed", inputs="a")
+        refused = server.post("/embed", inputs=text)
         assert refused.json()["error_type"] == "Overloaded"
         assert refused.headers["retry-after"] == "1"
         assert [server.client.get(path).status_code for path in ("/health", "/ready", "/info")] == [200, 200, 200]
         for connection in waiting:
             connection.close()
         until(lambda: not is_full())
-        assert server.post("/embed", inputs="a").status_code == 200
+        assert server.post("/embed", inputs=text).status_code == 200

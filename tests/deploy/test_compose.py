@@ -65,6 +65,13 @@ def test_settings_of_the_environment_reach_the_server():
     }
 
 
+@pytest.mark.parametrize("file", ["docker-compose.yml", "deploy/kubernetes/kustomization.yml"])
+def test_the_setting_that_no_image_can_do_is_named(file):
+    locks = [(ROOT / f"deploy/requirements-{target}.txt").read_text() for target in ("cpu", "cuda")]
+    assert not any("opentelemetry-exporter" in lock for lock in locks)
+    assert "BERTD_OTLP_ENDPOINT" in (ROOT / file).read_text()
+
+
 def test_what_is_mounted_from_here_is_here(everything):
     sources = [mount.split(":")[0] for service in everything.values() for mount in service["volumes"]]
     assert {"./deploy/prometheus", "./deploy/grafana/dashboards"} <= set(sources)

@@ -8,6 +8,7 @@ import yaml
 from stack import DEPLOY
 
 from app.metrics import Metrics
+from app.record import PROBES
 
 DASHBOARD = json.loads((DEPLOY / "grafana/dashboards/bertd.json").read_text(encoding="utf-8"))
 PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
@@ -54,6 +55,14 @@ def test_panels_lie_side_by_side_and_have_numbers_of_their_own():
 def test_only_metrics_that_are_there(expression):
     assert metrics_in(expression)
     assert metrics_in(expression) <= EXPORTED
+
+
+@pytest.mark.parametrize("expression", [e for e in (*EXPRESSIONS, *(a["expr"] for a in ALERTS)) if "bertd_requests_total" in e])
+def test_probes_are_no_requests(expression):
+    """Neither above nor below a line of division: a server without traffic is asked by nobody else."""
+    left_out = re.findall(r'bertd_requests_total\{route!~"([^"]+)"', expression)
+    assert len(left_out) == expression.count("bertd_requests_total")
+    assert all(set(routes.split("|")) == PROBES for routes in left_out)
 
 
 @pytest.mark.system
