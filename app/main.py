@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import cache
+from itertools import chain
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -74,8 +75,9 @@ def create_app(settings: Settings, serving: Serving, tracer: Tracer | None = Non
     route is reached without the dozen layers that only other routes need.
     """
     refuse = counted_refusal(serving.metrics)
-    for route in (route for router in ROUTERS for route in router.routes if isinstance(route, APIRoute)):
-        serving.metrics.expect(route.path, works=bool({"POST", "PUT"}.intersection(route.methods or ())))
+    for route in chain.from_iterable(router.routes for router in ROUTERS):
+        if isinstance(route, APIRoute):
+            serving.metrics.expect(route.path, works=bool({"POST", "PUT"} & (route.methods or set())))
     keys = Keys(settings)
     app: ASGIApp = DirectRoutes(create_api(refuse, keys, serving.metrics), JSON_ROUTES, refuse)
     app = EnterCurrent(app, serving)

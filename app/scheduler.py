@@ -82,7 +82,7 @@ class Scheduler:
 
     @property
     def ready(self) -> bool:
-        return not self._draining and any(engine.state is State.READY for engine in self._engines)
+        return not self._draining and self._engines_in(State.READY) > 0
 
     @property
     def failed(self) -> bool:
@@ -137,7 +137,7 @@ class Scheduler:
     def _refusal(self, ahead: int, more: str) -> ServiceError:
         """Why there is no room behind so many tokens."""
         wait = math.ceil(ahead / self._rate)
-        if any(engine.state is State.READY for engine in self._engines):
+        if self._engines_in(State.READY):
             return Overloaded(f"{ahead} tokens wait{more}; try again in {wait} s", retry_after=wait)
         return Recovering(f"the engine starts again, and {ahead} tokens wait for it{more}; try again in {wait + 1} s", wait + 1)
 

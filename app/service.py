@@ -20,7 +20,7 @@ from app.record import current_record
 from app.scheduler import Answer, Scheduler
 from app.settings import Settings
 from app.waiting import Outcome
-from model.config import Kind, ModelConfig, PoolingMode, transformer_folder, weight_files, with_article
+from model.config import Kind, ModelConfig, PoolingMode, checkpoint_files, transformer_folder, weight_files, with_article
 from model.errors import CheckpointError
 from model.hub import digest, find_model, stamps
 from model.tokenizer import Tokenizer
@@ -194,8 +194,7 @@ async def running_service(
 def _stamps(folder: Path) -> list[list[int]] | None:
     """Those of config.json and the weights; None where one of these is missing."""
     try:
-        transformer = transformer_folder(folder)
-        return stamps([transformer / "config.json", *weight_files(transformer)])
+        return stamps(checkpoint_files(folder))
     except (CheckpointError, OSError):
         return None
 

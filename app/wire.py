@@ -273,11 +273,15 @@ class Connection(HttpToolsProtocol):
         if self._busy or not (self._deaf or self._reading != "nothing"):
             self.transport.close()
             return
-        self._deaf = True
+        self._turn_deaf()
         self.pipeline.clear()
         self._refusal = None
-        self.flow.resume_reading()
         self.transport.write_eof()
+
+    def _turn_deaf(self) -> None:
+        """Throw away whatever still comes. A large body may have paused reading, and the end of the connection is to be seen."""
+        self._deaf = True
+        self.flow.resume_reading()
 
     def _hang_up(self, cycle: RequestResponseCycle) -> None:
         """Cancel the work of a request whose client is gone; where it has not begun, what it receives tells it so."""
@@ -350,8 +354,7 @@ class Connection(HttpToolsProtocol):
 
     def _refuse(self, error: ServiceError) -> None:
         """End the connection with a refusal, after the answers to the requests before the one that is refused."""
-        self._deaf = True
-        self.flow.resume_reading()  # a large body may have paused it, and the end of the connection is to be seen
+        self._turn_deaf()
         broken = self.cycle if self._reading == "body" else None
         self.pipeline = deque(queued for queued in self.pipeline if queued[0] is not broken)
         if self._busy and self._running is not broken:

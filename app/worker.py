@@ -21,7 +21,7 @@ from app import frames
 from app.frames import HIDDEN, SPARSE, Frame
 from app.lifeline import end_with_parent
 from app.memory import pass_over_what_stays
-from model.config import transformer_folder, weight_files
+from model.config import checkpoint_files
 from model.errors import DeviceLost, ModelError
 from model.hub import stamps
 from model.lean import import_torch
@@ -117,8 +117,7 @@ def _load(order: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     from model.runner import make_runner
 
     folder = Path(order.pop("folder"))
-    transformer = transformer_folder(folder)
-    files = stamps([transformer / "config.json", *weight_files(transformer)])
+    files = stamps(checkpoint_files(folder))
     runner, choice = make_runner(folder, **order)
     rate = runner.warm_up(choice.max_batch_tokens)
     return runner, {**choice.as_dict(), "poolings": runner.encoder.poolings, "tokens_per_second": rate, "files": files}

@@ -9,7 +9,6 @@ same arithmetic, measured in the same rounds.
 
 import argparse
 import json
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from statistics import median
 
 from benchmarks.machine import describe_machine, matrix_rate
 from benchmarks.peers import ON_CPU, ON_CUDA, PEERS
-from benchmarks.tables import write_section
+from benchmarks.tables import this_command, write_section
 from benchmarks.workloads import Workload, make_workload
 from model.cgroup import available_cores
 from model.config import ModelConfig
@@ -131,9 +130,8 @@ def main() -> None:
     options = parser.parse_args()
     cuda = options.device == "cuda"
     options.peers = options.peers or (ON_CUDA if cuda else ON_CPU)
-    command = f"`{' '.join(['python -m benchmarks.encode', *map(shlex.quote, sys.argv[1:])])}`"
     for model in options.models:
-        lines = [f"{command}, {options.threads} threads, {describe_machine(options.device)}."]
+        lines = [f"{this_command('benchmarks.encode')}, {options.threads} threads, {describe_machine(options.device)}."]
         with tempfile.TemporaryDirectory() as scratch:
             folder = model_folder(model, Path(scratch))
             peers = {name: Peer(name, folder, options.device, options.threads) for name in options.peers}

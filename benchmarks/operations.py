@@ -11,10 +11,8 @@ import asyncio
 import contextlib
 import json
 import os
-import shlex
 import signal
 import socket
-import sys
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -26,7 +24,7 @@ import uvloop
 from benchmarks.client import Client, Result
 from benchmarks.machine import describe_machine
 from benchmarks.serve import MODEL, Server, resident_mib, started, tree
-from benchmarks.tables import write_section
+from benchmarks.tables import this_command, write_section
 from benchmarks.workloads import make_workload
 from model.hub import find_model
 
@@ -157,8 +155,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="put the figures into docs/performance.md")
     options = parser.parse_args()
     folder = find_model(MODEL)
-    command = shlex.join(["python", "-m", "benchmarks.operations", *sys.argv[1:]])
-    lines = [f"`{command}`, {describe_machine()}.", ""]
+    lines = [f"{this_command('benchmarks.operations')}, {describe_machine()}.", ""]
     for name in options.only:
         texts = make_workload(WORKLOADS.get(name, "short"), _LIST, folder).texts
         with started("bertd float32", folder) as server:

@@ -7,8 +7,6 @@ same where the queue is full, so that each is refused. Time of the processor, th
 import argparse
 import asyncio
 import os
-import shlex
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -38,7 +36,7 @@ from app.serving import Current, Serving
 from app.settings import Settings
 from app.wire import Connection, Wire
 from benchmarks.machine import describe_machine
-from benchmarks.tables import write_section
+from benchmarks.tables import this_command, write_section
 from benchmarks.workloads import make_workload
 from model.config import ModelConfig
 from model.hub import find_model
@@ -231,8 +229,7 @@ def main() -> None:
     table = "\n".join(["| part | an answer, µs | a refusal, µs |", "|---|---|---|", *rows])
     print(table)
     if options.write:
-        command = shlex.join(["python", "-m", "benchmarks.request", *sys.argv[1:]])
-        write_section("request", f"`{command}`, {describe_machine()}.\n\n{table}")
+        write_section("request", f"{this_command('benchmarks.request')}, {describe_machine()}.\n\n{table}")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ import numpy as np
 from benchmarks.client import Client
 from benchmarks.machine import describe_machine
 from benchmarks.peers import bertd
-from benchmarks.tables import write_section
+from benchmarks.tables import this_command, write_section
 from benchmarks.workloads import make_workload
 from model.cgroup import available_cores
 from model.hub import find_model
@@ -252,7 +252,7 @@ def main() -> None:
             rows += measure(server, texts, options)
     if options.write:
         name = f"serve-{options.workload}{'' if options.device == 'cpu' else '-cuda'}"
-        about = f"`{shlex.join(['python', '-m', 'benchmarks.serve', *sys.argv[1:]])}`, {describe_machine(options.device)}."
+        about = f"{this_command('benchmarks.serve')}, {describe_machine(options.device)}."
         write_section(name, "\n".join([about, "", *rows]))
 
 

@@ -1,9 +1,16 @@
 """Tables in docs/performance.md, each between two markers of its name."""
 
 import re
+import shlex
+import sys
 from pathlib import Path
 
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+
+
+def this_command(module: str) -> str:
+    """The command of this run, as it stands above its figures."""
+    return f"`{shlex.join(['python', '-m', module, *sys.argv[1:]])}`"
 
 
 def write_section(name: str, content: str) -> None:

@@ -164,6 +164,12 @@ def weight_files(folder: Path) -> list[Path]:
     return _shards(found) if found.suffix == ".json" else [found]
 
 
+def checkpoint_files(folder: Path) -> list[Path]:
+    """config.json and the weights of a checkpoint: what decides its vectors. Raises as `weight_files`."""
+    transformer = transformer_folder(folder)
+    return [transformer / "config.json", *weight_files(transformer)]
+
+
 def _shards(index: Path) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):

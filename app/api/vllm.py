@@ -52,7 +52,7 @@ class ScoreRequest(Overflow, Raw):
     text_2: StrictStr | Many[StrictStr] = Field(
         validation_alias=AliasChoices("text_2", "documents", "items", "data_2"), description="also as documents, items or data_2"
     )
-    prompt_name: StrictStr | None = Field(None, description=f"with an embedder, {PROMPT_NAME}")
+    prompt_name: StrictStr | None = Field(None, description=f"{PROMPT_NAME}; a reranker puts it before text_1 only")
 
 
 class Score(BaseModel):
